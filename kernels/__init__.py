@@ -1,0 +1,1 @@
+"""CUDA C++ and C++ sources of the operators; installed as ``mambatrain._kernels``."""

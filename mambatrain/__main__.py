@@ -1,0 +1,3 @@
+from mambatrain.cli import main
+
+main()

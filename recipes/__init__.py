@@ -1,0 +1,1 @@
+"""Shipped recipes; installed as ``mambatrain._recipes``."""
