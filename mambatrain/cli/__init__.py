@@ -1,1 +1,79 @@
-def main() -> None: ...
+"""The command line. Each command imports what it needs when it runs: `--help` loads nothing heavy.
+
+Exit codes: 0 done, 1 error, 2 usage, 75 stopped as asked and resumable, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mambatrain import __version__
+from mambatrain.cli.evaluate import evaluate
+from mambatrain.cli.export import export
+from mambatrain.cli.generate import generate
+from mambatrain.cli.recipes import recipes_app
+from mambatrain.cli.tokens import tokenize, tokenizer_app
+from mambatrain.cli.train import finetune, pretrain
+from mambatrain.errors import UserError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    name="mambatrain",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich would take [brackets] in a help text for markup, and doubles the time of --help
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+)
+app.command(short_help="Turn text into token shards.")(tokenize)
+app.command(short_help="Train a model from a recipe.")(pretrain)
+app.command(short_help="Continue training from weights.")(finetune)
+app.command(short_help="Measure a run or weights.")(evaluate)
+app.command(short_help="Continue a prompt.")(generate)
+app.command(short_help="Write weights that other tools open.")(export)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(recipes_app, name="recipes")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"mambatrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train Mamba language models from raw text to open weights.
+
+    `mambatrain COMMAND --help` explains each command.
+    """
+
+
+def main() -> None:
+    """The `mambatrain` command: a mistake of the user's gets a sentence and a hint, a bug keeps its traceback."""
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone away (`| head`) can still be caught
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"\nhint: {error.hint}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter flushes once more
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:
+            print("stopped", file=sys.stderr)
+        raise

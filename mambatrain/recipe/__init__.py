@@ -1,6 +1,8 @@
 """Recipes: what a run is."""
 
+from mambatrain.recipe.annotate import annotate_recipe
 from mambatrain.recipe.files import (
+    about_recipe,
     differing_settings,
     find_recipe,
     parse_recipe,
@@ -9,7 +11,6 @@ from mambatrain.recipe.files import (
     write_recipe,
 )
 from mambatrain.recipe.sections import (
-    IGNORED_TARGET,
     CheckpointSection,
     DataSection,
     EvaluationSection,
@@ -21,7 +22,6 @@ from mambatrain.recipe.sections import (
 )
 
 __all__ = [
-    "IGNORED_TARGET",
     "CheckpointSection",
     "DataSection",
     "EvaluationSection",
@@ -30,6 +30,8 @@ __all__ = [
     "Recipe",
     "ScheduleSection",
     "TrainingSection",
+    "about_recipe",
+    "annotate_recipe",
     "differing_settings",
     "find_recipe",
     "parse_recipe",

@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
-IGNORED_TARGET = -100  # the target id that is not counted in a loss; torch's own convention
-
 
 class Section(BaseModel):
     """Frozen and strict: an unknown key or a value of another type is an error, never a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSection(Section):
@@ -108,6 +108,30 @@ class ModelSection(Section):
         """V, rows of the embedding."""
         return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
 
+    @property
+    def architecture(self) -> dict[str, object]:
+        """What must be the same for weights to fit: auto and padding resolved; how they were initialised is no part."""
+        own_to_block = {"num_groups": self.num_groups, "head_dim": self.head_dim}
+        if self.block == "mamba1":
+            own_to_block = {"dt_rank": self.dt_rank_size}
+        common = (
+            "block",
+            "d_model",
+            "num_layers",
+            "d_conv",
+            "expand",
+            "conv_bias",
+            "proj_bias",
+            "tie_embeddings",
+            "norm_eps",
+        )
+        return {
+            **{name: getattr(self, name) for name in common},
+            "d_state": self.state_size,
+            **own_to_block,
+            "padded vocabulary": self.padded_vocab_size,
+        }
+
 
 class DataSection(Section):
     """Where the tokens come from and in which order."""
@@ -121,7 +145,7 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    """How much is trained at once and in total. Give one of each pair: rows or tokens a step, steps or tokens in all."""
+    """How much at once and in total: give one of each pair, rows or tokens a step and steps or tokens in all."""
 
     rows_per_step: PositiveInt | None = None
     """Rows in one step, over all devices."""
@@ -148,7 +172,7 @@ class TrainingSection(Section):
     def check_pairs(self) -> Self:
         for one, other in (("rows_per_step", "tokens_per_step"), ("total_steps", "total_tokens")):
             if (getattr(self, one) is None) == (getattr(self, other) is None):
-                raise ValueError(f"give exactly one of {one} and {other}")
+                raise ValueError(f"give exactly one of {one} and {other}; null unsets")
         return self
 
 

@@ -1,0 +1,8 @@
+// What the library says about itself, and where it gets its threads from.
+#include "parallel.h"
+#include "simd.h"
+
+ParallelRegion parallel_region = nullptr;
+
+extern "C" void set_parallel_region(ParallelRegion region) { parallel_region = region; }
+extern "C" int64_t vector_width() { return WIDTH; }

@@ -1,0 +1,290 @@
+#include "parallel.h"
+#include "selective_scan.h"
+
+namespace {
+
+#ifndef VE
+#define VE (WIDTH == 16 ? 4 : 2)
+#endif
+#ifndef ST
+#define ST 4
+#endif
+constexpr int VECTORS = VE;
+constexpr int STATES = ST;
+
+// Channels whose dB and dC are added up before they are written: the more, the less memory and the fewer items of work.
+// With these (B, L, groups, 2 N) is never larger than (B, L, E).
+int64_t vectors_per_group(const ScanArguments& args) {
+    int64_t channels = 2 * args.padded_states() > 64 ? 2 * args.padded_states() : 64;
+    return (channels / WIDTH + VECTORS - 1) / VECTORS * VECTORS;
+}
+
+int64_t num_groups(const ScanArguments& args) {
+    return (args.vectors() + vectors_per_group(args) - 1) / vectors_per_group(args);
+}
+
+// One chunk of VECTORS vectors of channels; the letters are those of kernels/README.md.
+struct ChannelInputs {
+    Floats u[VECTORS][CHUNK], dt[VECTORS][CHUNK], dt_u[VECTORS][CHUNK];
+    Floats slope[VECTORS][CHUNK];      // of the softplus
+    Floats gy[VECTORS][CHUNK];         // gradient of y = C h + D u
+    Floats dz_over_y[VECTORS][CHUNK];
+    Floats y[VECTORS][CHUNK], q1[VECTORS][CHUNK], q2[VECTORS][CHUNK];
+};
+
+// The states of a chunk, recomputed: h[t] is the state before position t, h[length] the last.
+struct ChunkStates {
+    Floats h[CHUNK + 1][STATES][VECTORS];
+    Floats decay[CHUNK][STATES][VECTORS];
+};
+
+struct BackwardWorker {
+    const ScanArguments& args;
+    float* partial_BC;  // (B, groups, L, 2 * padded states): dB and dC of one group of channels
+    float* partial_A;   // (B, vectors, padded states, WIDTH)
+    float* partial_Db;  // (B, vectors, 2, WIDTH): dD and ddt_bias
+    SharedInputs shared;
+    int64_t padded;
+    Array<Floats> A2, adjoint, dA, entry;  // [VECTORS][padded states]
+    Floats D[VECTORS], bias[VECTORS], dD[VECTORS], dbias[VECTORS];
+    ChannelInputs in;
+    ChunkStates states;
+    Exp2 exp2;
+
+    BackwardWorker(const ScanArguments& args, float* partial_BC, float* partial_A, float* partial_Db)
+        : args(args), partial_BC(partial_BC), partial_A(partial_A), partial_Db(partial_Db),
+          shared(args), padded(args.padded_states()),
+          A2(allocate<Floats>(VECTORS * padded)), adjoint(allocate<Floats>(VECTORS * padded)),
+          dA(allocate<Floats>(VECTORS * padded)), entry(allocate<Floats>(VECTORS * padded)) {}
+
+    void operator()(int64_t item) {
+        const int64_t groups = num_groups(args), row = item / groups, group = item % groups;
+        for (int64_t i = 0; i < vectors_per_group(args); i += VECTORS) {
+            const int64_t first = group * vectors_per_group(args) + i;
+            if (first >= args.vectors()) break;
+            begin(row, first);
+            for (int64_t chunk = args.chunks() - 1; chunk >= 0; --chunk) {
+                shared.read(args, row, chunk);
+                float* dBC = partial_BC + ((row * groups + group) * args.length + chunk * CHUNK) * 2 * padded;
+                if (i == 0) std::memset(dBC, 0, args.chunk_length(chunk) * 2 * padded * sizeof(float));
+                go_back(row, chunk, first, dBC);
+            }
+            end(row, first);
+        }
+    }
+
+  private:
+    void begin(int64_t row, int64_t first) {
+        const float* grad_state = args.grad_state ? args.grad_state + row * args.channels * args.states : nullptr;
+        for (int v = 0; v < VECTORS; ++v) {
+            const int lanes = args.lanes(first + v);
+            gather_states(args.A, &A2[v * padded], first + v, args, LOG2_E);
+            gather_states(grad_state, &adjoint[v * padded], first + v, args);
+            for (int64_t n = 0; n < padded; ++n) dA[v * padded + n] = Floats{};
+            D[v] = args.D ? load(args.D, FP32, (first + v) * WIDTH, lanes) : Floats{};
+            bias[v] = args.dt_bias ? load(args.dt_bias, FP32, (first + v) * WIDTH, lanes) : Floats{};
+            dD[v] = dbias[v] = Floats{};
+        }
+    }
+
+    void end(int64_t row, int64_t first) {
+        for (int v = 0; v < VECTORS && first + v < args.vectors(); ++v) {
+            int64_t index = row * args.vectors() + first + v;
+            std::memcpy(partial_A + index * padded * WIDTH, &dA[v * padded], padded * sizeof(Floats));
+            store_floats(partial_Db + (2 * index) * WIDTH, dD[v]);
+            store_floats(partial_Db + (2 * index + 1) * WIDTH, dbias[v]);
+            if (args.dinitial)
+                scatter_states(&adjoint[v * padded], args.dinitial + row * args.channels * args.states, first + v, args);
+        }
+    }
+
+    void go_back(int64_t row, int64_t chunk, int64_t first, float* dBC) {
+        const int length = args.chunk_length(chunk);
+        for (int v = 0; v < VECTORS; ++v) {
+            read_channels(row, chunk, first + v, v);
+            if (first + v < args.vectors())
+                std::memcpy(&entry[v * padded], args.entry(row, first + v, chunk), padded * sizeof(Floats));
+            else
+                std::memset(static_cast<void*>(&entry[v * padded]), 0, padded * sizeof(Floats));
+        }
+        for (int64_t n = 0; n < padded; n += STATES) {
+            for (int v = 0; v < VECTORS; ++v) recompute(length, n, v);
+            reverse(length, n, dBC);
+        }
+        for (int v = 0; v < VECTORS; ++v) write_channels(row, chunk, first + v, v);
+    }
+
+    void read_channels(int64_t row, int64_t chunk, int64_t vector, int v) {
+        const int64_t channel = vector * WIDTH;
+        const int lanes = args.lanes(vector);
+        for (int t = 0; t < args.chunk_length(chunk); ++t) {
+            const int64_t position = chunk * CHUNK + t;
+            Floats u = {}, raw = {}, g = {};
+            if (lanes > 0) {
+                u = args.u.at(row, position, channel, lanes);
+                raw = args.dt.at(row, position, channel, lanes) + bias[v];
+                if (args.grad_out.data) g = args.grad_out.at(row, position, channel, lanes);
+            }
+            Softplus delta = softplus(raw);
+            in.u[v][t] = u;
+            in.dt[v][t] = delta.value;
+            in.slope[v][t] = delta.slope;
+            in.dt_u[v][t] = delta.value * u;
+            if (args.z.data) {
+                Floats z = lanes > 0 ? args.z.at(row, position, channel, lanes) : Floats{};
+                Floats s = sigmoid(z);
+                in.dz_over_y[v][t] = g * s * (1.0f + z * (1.0f - s));
+                g *= z * s;
+            }
+            in.gy[v][t] = g;
+            in.y[v][t] = D[v] * u;
+            in.q1[v][t] = in.q2[v][t] = Floats{};
+        }
+    }
+
+    INLINE void recompute(int length, int64_t first, int v) {
+        Floats h[STATES], rate[STATES];
+        for (int n = 0; n < STATES; ++n) h[n] = entry[v * padded + first + n], rate[n] = A2[v * padded + first + n];
+        for (int n = 0; n < STATES; ++n) states.h[0][n][v] = h[n];
+        for (int t = 0; t < length; ++t) {
+            if (shared.starts[t])
+                for (int n = 0; n < STATES; ++n) h[n] = Floats{};
+            const float* B = &shared.B[t * padded + first];
+            const float* C = &shared.C[t * padded + first];
+            Floats dt = in.dt[v][t], dt_u = in.dt_u[v][t], y = in.y[v][t];
+#pragma GCC unroll 16
+            for (int n = 0; n < STATES; ++n) {
+                Floats decay = exp2(dt * rate[n]);
+                h[n] = decay * h[n] + dt_u * B[n];
+                states.decay[t][n][v] = decay;
+                states.h[t + 1][n][v] = h[n];
+                y += h[n] * C[n];
+            }
+            in.y[v][t] = y;
+        }
+    }
+
+    // One position. Where a document starts, nothing reaches the state before it: left out, not multiplied by 0.
+    template <bool STARTS>
+    INLINE void step_back(int t, int64_t first, Floats (&d)[STATES][VECTORS], const Floats (&rate)[STATES][VECTORS],
+                          Floats (&gA)[STATES][VECTORS], float* to) {
+        const float* B = &shared.B[t * padded + first];
+        const float* C = &shared.C[t * padded + first];
+        Floats dB[STATES] = {}, dC[STATES] = {};
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; ++v) {
+            Floats gy = in.gy[v][t], dt = in.dt[v][t], dt_u = in.dt_u[v][t], q1 = in.q1[v][t], q2 = in.q2[v][t];
+#pragma GCC unroll 16
+            for (int n = 0; n < STATES; ++n) {
+                d[n][v] += gy * C[n];
+                dC[n] += gy * states.h[t + 1][n][v];
+                dB[n] += d[n][v] * dt_u;
+                q1 += d[n][v] * B[n];
+                d[n][v] = STARTS ? Floats{} : d[n][v] * states.decay[t][n][v];
+                if (STARTS) continue;
+                Floats k = d[n][v] * states.h[t][n][v];
+                gA[n][v] += k * dt;
+                q2 += k * rate[n][v];
+            }
+            in.q1[v][t] = q1;
+            in.q2[v][t] = q2;
+        }
+        for (int n = 0; n < STATES; n += 4) {
+            add_lane_sums(dB + n, to + n);
+            add_lane_sums(dC + n, to + padded + n);
+        }
+    }
+
+    INLINE void reverse(int length, int64_t first, float* dBC) {
+        Floats d[STATES][VECTORS];
+        for (int n = 0; n < STATES; ++n)
+            for (int v = 0; v < VECTORS; ++v) d[n][v] = adjoint[v * padded + first + n];
+        Floats rate[STATES][VECTORS], gA[STATES][VECTORS];
+        for (int n = 0; n < STATES; ++n)
+            for (int v = 0; v < VECTORS; ++v)
+                rate[n][v] = A2[v * padded + first + n], gA[n][v] = dA[v * padded + first + n];
+        for (int t = length - 1; t >= 0; --t) {
+            float* to = dBC + t * 2 * padded + first;
+            if (shared.starts[t])
+                step_back<true>(t, first, d, rate, gA, to);
+            else
+                step_back<false>(t, first, d, rate, gA, to);
+        }
+        for (int n = 0; n < STATES; ++n)
+            for (int v = 0; v < VECTORS; ++v)
+                adjoint[v * padded + first + n] = d[n][v], dA[v * padded + first + n] = gA[n][v];
+    }
+
+    void write_channels(int64_t row, int64_t chunk, int64_t vector, int v) {
+        const int64_t channel = vector * WIDTH;
+        const int lanes = args.lanes(vector);
+        if (lanes <= 0) return;
+        Floats gD = {}, gbias = {};  // of this chunk: two short sums lose less than one long one
+        for (int t = 0; t < args.chunk_length(chunk); ++t) {
+            const int64_t position = chunk * CHUNK + t;
+            Floats u = in.u[v][t], gy = in.gy[v][t], q1 = in.q1[v][t];
+            Floats ddt = (in.q2[v][t] * LN_2 + q1 * u) * in.slope[v][t];
+            args.du.put(row, position, channel, lanes, D[v] * gy + q1 * in.dt[v][t]);
+            args.ddt.put(row, position, channel, lanes, ddt);
+            if (args.z.data) args.dz.put(row, position, channel, lanes, in.dz_over_y[v][t] * in.y[v][t]);
+            gD += gy * u;
+            gbias += ddt;
+        }
+        dD[v] += gD;
+        dbias[v] += gbias;
+    }
+};
+
+// dB and dC of some positions: the groups' sums, in their order.
+void sum_groups(const ScanArguments& args, const float* partial_BC, int64_t row, int64_t begin, int64_t end) {
+    const int64_t padded = args.padded_states(), groups = num_groups(args);
+    for (int64_t t = begin; t < end; ++t)
+        for (int64_t n = 0; n < 2 * padded; n += WIDTH) {
+            const int count = 2 * padded - n < WIDTH ? int(2 * padded - n) : WIDTH;
+            Floats sum = {};
+            for (int64_t group = 0; group < groups; ++group)
+                sum += load(partial_BC, FP32, ((row * groups + group) * args.length + t) * 2 * padded + n, count);
+            for (int lane = 0; lane < count; ++lane) {
+                const int64_t index = n + lane, state = index % padded;
+                if (state >= args.states) continue;
+                const View& view = index < padded ? args.dB : args.dC;
+                Floats one = broadcast(sum[lane]);
+                view.put(row, t, state, 1, one);
+            }
+        }
+}
+
+// dA, dD and the bias's gradient of one vector of channels: the rows' sums, in their order.
+void sum_rows(const ScanArguments& args, const float* partial_A, const float* partial_Db, int64_t vector) {
+    const int64_t padded = args.padded_states();
+    const int lanes = args.lanes(vector);
+    Array<Floats> sums = allocate<Floats>(padded + 2);
+    for (int64_t i = 0; i < padded + 2; ++i) sums[i] = Floats{};
+    for (int64_t row = 0; row < args.rows; ++row) {
+        const int64_t index = row * args.vectors() + vector;
+        for (int64_t n = 0; n < padded; ++n) sums[n] += load_floats(partial_A + (index * padded + n) * WIDTH);
+        for (int i = 0; i < 2; ++i) sums[padded + i] += load_floats(partial_Db + (2 * index + i) * WIDTH);
+    }
+    scatter_states(&sums[0], args.dA, vector, args);
+    if (args.dD) store(args.dD, FP32, vector * WIDTH, lanes, sums[padded]);
+    if (args.dbias) store(args.dbias, FP32, vector * WIDTH, lanes, sums[padded + 1]);
+}
+
+}  // namespace
+
+extern "C" void selective_scan_backward(const ScanArguments* arguments) {
+    const ScanArguments& args = *arguments;
+    const int64_t padded = args.padded_states(), threads = args.num_threads;
+    Array<float> partial_BC = allocate<float>(args.rows * num_groups(args) * args.length * 2 * padded);
+    Array<float> partial_A = allocate<float>(args.rows * args.vectors() * padded * WIDTH);
+    Array<float> partial_Db = allocate<float>(args.rows * args.vectors() * 2 * WIDTH);
+    float *BC = partial_BC.get(), *A = partial_A.get(), *Db = partial_Db.get();
+    share(args.rows * num_groups(args), threads, [=, &args] { return BackwardWorker(args, BC, A, Db); });
+    share(args.rows * args.chunks(), threads, [=, &args] {
+        return [=, &args](int64_t item) {
+            const int64_t chunk = item % args.chunks(), begin = chunk * CHUNK;
+            sum_groups(args, BC, item / args.chunks(), begin, begin + args.chunk_length(chunk));
+        };
+    });
+    share(args.vectors(), threads, [=, &args] { return [=, &args](int64_t vector) { sum_rows(args, A, Db, vector); }; });
+}

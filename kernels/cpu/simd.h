@@ -1,0 +1,228 @@
+// Vectors of WIDTH channels, as wide as the machine this file is compiled for, by the compiler's vector extensions.
+//
+// Every function here works lane by lane: a channel's result never depends on which lane it sits in or what its
+// neighbours hold, so lanes behind the last channel may carry anything finite.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else  // SSE, NEON
+constexpr int WIDTH = 4;
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+
+INLINE Floats broadcast(float x) { return x - Floats{}; }  // x - 0 keeps the sign of -0, x + 0 would not
+INLINE Ints bits(Floats x) { return reinterpret_cast<Ints>(x); }
+INLINE Floats from_bits(Ints x) { return reinterpret_cast<Floats>(x); }
+// The larger of the two; a NaN in x stays.
+INLINE Floats larger(Floats x, Floats floor) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(floor, x);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(floor, x);
+#else
+    return floor > x ? floor : x;
+#endif
+}
+INLINE Floats absolute(Floats x) { return from_bits(bits(x) & 0x7fffffff); }
+
+// ---- memory: fp32 or bf16, the first `count` lanes
+
+enum Dtype : int64_t { FP32 = 0, BF16 = 1 };
+
+INLINE Floats load_floats(const float* p) {
+    Floats x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+INLINE void store_floats(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+
+INLINE Floats widen(Halves x) { return reinterpret_cast<Floats>(__builtin_convertvector(x, Words) << 16); }
+
+INLINE Halves narrow(Floats x) {  // to the nearest bf16, ties to even; a NaN stays one
+    Words word = reinterpret_cast<Words>(x);
+    Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    Words result = reinterpret_cast<Words>(x == x) ? rounded : (word >> 16 | 0x40);
+    return __builtin_convertvector(result, Halves);
+}
+
+INLINE float widen_one(uint16_t x) {
+    uint32_t word = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &word, 4);
+    return y;
+}
+
+INLINE Floats load(const void* base, Dtype dtype, int64_t offset, int count) {
+    if (dtype == FP32) {
+        const float* p = static_cast<const float*>(base) + offset;
+        if (count >= WIDTH) return load_floats(p);
+        Floats x = {};
+        std::memcpy(&x, p, 4 * count);
+        return x;
+    }
+    const uint16_t* p = static_cast<const uint16_t*>(base) + offset;
+    Halves x = {};
+    std::memcpy(&x, p, count >= WIDTH ? sizeof x : 2 * count);
+    return widen(x);
+}
+
+INLINE void store(void* base, Dtype dtype, int64_t offset, int count, Floats x) {
+    if (dtype == FP32) {
+        float* p = static_cast<float*>(base) + offset;
+        if (count >= WIDTH)
+            store_floats(p, x);
+        else
+            std::memcpy(p, &x, 4 * count);
+        return;
+    }
+    uint16_t* p = static_cast<uint16_t*>(base) + offset;
+    Halves y = narrow(x);
+    std::memcpy(p, &y, count >= WIDTH ? sizeof y : 2 * count);
+}
+
+// ---- exponentials
+
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves x, rounded to an integer, in the low bits
+
+// e^x for x <= 0 to 1e-7 relative; exactly 0 below -87.7. The argument is reduced in two parts, so that the error does
+// not grow with |x|.
+INLINE Floats exp_negative(Floats x) {
+    x = larger(x, broadcast(-88.0f));
+    Floats shifted = x * 1.44269504f + (ROUND + 127.0f);
+    Floats n = shifted - (ROUND + 127.0f);
+    Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + (r + 1.0f);
+    return p * from_bits(bits(shifted) << 23);
+}
+
+// 2^x for x <= 0 to 1.2e-7 relative, the one that runs per state and position; below 2^-126 it returns about 2^-126.
+// x = n / ENTRIES + r: 2^(n / ENTRIES) comes from a table in a register and the exponent field, 2^r from a polynomial
+// whose slope at 0 is exact, since a bias there would add up over thousands of positions.
+struct Exp2 {
+#if defined(__AVX2__)
+    static constexpr int ENTRIES = WIDTH, ENTRY_BITS = WIDTH == 16 ? 4 : 3;
+    static constexpr float SHIFT = ROUND / ENTRIES;
+    Ints table;
+
+    Exp2() {  // 2^(j / ENTRIES), less j where the exponent field will be added
+        for (int j = 0; j < ENTRIES; ++j) {
+            float entry = __builtin_exp2f(float(j) / ENTRIES);
+            int32_t word;
+            std::memcpy(&word, &entry, 4);
+            table[j] = word - (j << (23 - ENTRY_BITS));
+        }
+    }
+
+    INLINE Floats operator()(Floats x) const {
+        x = larger(x, broadcast(-126.0f));
+        Floats shifted = x + SHIFT;
+        Floats r = x - (shifted - SHIFT);
+#if defined(__AVX512F__)
+        Ints entry = (Ints)_mm512_permutexvar_epi32((__m512i)bits(shifted), (__m512i)table);
+        Floats p = (r * 0.05550595f + 0.24023429f) * r + 0.6931472f;
+#else
+        Ints entry = (Ints)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)bits(shifted));
+        Floats p = (r * 0.055511475f + 0.24025764f) * r + 0.6931472f;
+#endif
+        Floats power = from_bits(entry + (bits(shifted) << (23 - ENTRY_BITS)));
+        return power * (p * r) + power;
+    }
+#else
+    INLINE Floats operator()(Floats x) const {
+        x = larger(x, broadcast(-126.0f));
+        Floats shifted = x + (ROUND + 127.0f);
+        Floats r = x - (shifted - (ROUND + 127.0f));
+        Floats p = r * 0.0013407259f + 0.009671875f;
+        p = p * r + 0.055503085f;
+        p = p * r + 0.24022235f;
+        p = p * r + 0.69314724f;
+        return (p * r + 1.0f) * from_bits(bits(shifted) << 23);
+    }
+#endif
+};
+
+struct Softplus {
+    Floats value;  // log(1 + e^x)
+    Floats slope;  // its derivative, 1 / (1 + e^-x)
+};
+
+// Of both signs by e = exp(-|x|): softplus(x) = max(x, 0) + log1p(e), log1p(e) = 2 atanh(s) with s = e / (2 + e).
+// Beyond x = 20, where torch takes x itself, e is below half a unit in the last place of x and of 1: the same numbers.
+INLINE Softplus softplus(Floats x) {
+    Floats e = exp_negative(-absolute(x));
+    Floats s = e / (2.0f + e);
+    Floats s2 = s * s;
+    Floats p = broadcast(0.14012229f);
+    p = p * s2 + 0.13999571f;
+    p = p * s2 + 0.2001085f;
+    p = p * s2 + 0.33333207f;
+    Floats log1p = 2.0f * s + (2.0f * s) * (s2 * p);
+    Floats slope = 1.0f / (1.0f + e);
+    return {larger(x, Floats{}) + log1p, x < 0.0f ? e * slope : slope};
+}
+
+INLINE Floats sigmoid(Floats x) {
+    Floats e = exp_negative(-absolute(x));
+    Floats slope = 1.0f / (1.0f + e);
+    return x < 0.0f ? e * slope : slope;
+}
+
+// ---- sums over the lanes
+
+template <class Pick>
+INLINE Floats shuffle(Floats a, Floats b, Pick pick) {  // lane i is lane pick(i) of a and b together
+#if defined(__clang__)
+    Floats x;
+    for (int i = 0; i < WIDTH; ++i) x[i] = pick(i) < WIDTH ? a[pick(i)] : b[pick(i) - WIDTH];
+    return x;
+#else
+    Ints lanes = {};
+    for (int i = 0; i < WIDTH; ++i) lanes[i] = pick(i);
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// to[i] += the sum of the lanes of x[i], for four vectors at once: two rounds of pairwise interleaving inside each
+// block of 4 lanes, then the blocks.
+INLINE void add_lane_sums(const Floats x[4], float* to) {
+    auto low = [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * WIDTH; };
+    auto high = [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * WIDTH + 2; };
+    auto even = [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * WIDTH; };
+    auto odd = [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * WIDTH + 2; };
+    Floats ab = shuffle(x[0], x[1], low) + shuffle(x[0], x[1], high);  // a b a b ...
+    Floats cd = shuffle(x[2], x[3], low) + shuffle(x[2], x[3], high);
+    Floats abcd = shuffle(ab, cd, even) + shuffle(ab, cd, odd);  // a b c d ...
+    for (int block = WIDTH / 2; block >= 4; block /= 2)
+        abcd += shuffle(abcd, abcd, [=](int i) { return (i + block) % WIDTH; });
+    float old[4];
+    std::memcpy(old, to, sizeof old);
+    typedef float Four __attribute__((vector_size(16)));
+    Four sum, before;
+    std::memcpy(&before, old, sizeof before);
+    std::memcpy(&sum, &abcd, sizeof sum);
+    sum += before;
+    std::memcpy(to, &sum, sizeof sum);
+}

@@ -1,0 +1,127 @@
+"""What `evaluate` and `generate` share: weights on a device, and the tokenizer that belongs to them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from mambatrain.data.token_corpus import TokenCorpus
+    from mambatrain.data.tokenizer import LoadedTokenizer
+    from mambatrain.models.language_model import LanguageModel
+    from mambatrain.ops.backends import Backend
+    from mambatrain.runs.weights import Weights
+
+WeightsArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_WEIGHTS",
+        help="A run, a checkpoint in one, a transformers or mamba-ssm folder, or a hub name.",
+    ),
+]
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", metavar="FILE", help="tokenizer.json, where none lies beside the weights."),
+]
+EndOption = Annotated[
+    str | None,
+    typer.Option("--end-of-document", metavar="TOKEN", help="The token that ends a document. [default: looked up]"),
+]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model ready to run, in fp32."""
+
+    model: LanguageModel
+    weights: Weights
+    backend: Backend
+
+
+def open_model(where: str, kernels: str, device: str) -> OpenModel:
+    """Loads weights onto a device; says on stderr what was loaded and what it runs on."""
+    from mambatrain.devices import choose_device
+    from mambatrain.ops.backends import choose_backend
+    from mambatrain.runs.weights import load_model
+
+    chosen: Any = device
+    place = choose_device(chosen)
+    backend = choose_backend(kernels, place)
+    model, weights = load_model(where, backend, place)
+    model.eval()
+    typer.echo(f"weights  {weights.origin}", err=True)
+    typer.echo(f"kernels  {backend.name} on {place}: {backend.reason}", err=True)
+    return OpenModel(model, weights, backend)
+
+
+def open_tokenizer(opened: OpenModel, file: Path | None, end_of_document: str | None) -> LoadedTokenizer:
+    """The tokenizer that was asked for, else the one beside the weights, with the end token that their folder names.
+
+    Raises:
+        UserError: there is none, it knows more ids than the model has rows, or it has no token that ends a document.
+    """
+    from mambatrain.data.tokenizer import load_tokenizer
+    from mambatrain.errors import UserError
+    from mambatrain.export.tokenizer_files import open_tokenizer as check_tokenizer
+
+    weights = replace(opened.weights, tokenizer_file=file) if file else opened.weights
+    if weights.tokenizer_file is None:
+        raise UserError(
+            f"no tokenizer.json lies beside {weights.origin}",
+            "name the one that the model was trained with: --tokenizer FILE",
+        )
+    fitting = check_tokenizer(weights, end_of_document)
+    assert fitting is not None, "the weights have a tokenizer"
+    return load_tokenizer(fitting.file, fitting.end_of_document)
+
+
+def refuse_other_tokenizer(weights: Weights, asked: Path | None, corpus: TokenCorpus) -> None:
+    """Ids of one tokenizer mean nothing to a model of another.
+
+    Two files may differ in their bytes only, as when transformers has written one of them again. Weights without a
+    tokenizer are taken to have the tokens' own, as far as their number of ids allows it.
+
+    Args:
+        weights: the model's.
+        asked: the tokenizer.json that the user says belongs to the weights, if any.
+        corpus: the tokens.
+
+    Raises:
+        UserError: the weights have another tokenizer than the tokens.
+    """
+    from mambatrain.data.tokenizer import load_tokenizer
+    from mambatrain.errors import UserError
+
+    rows = weights.section.padded_vocab_size
+    if corpus.vocab_size > rows:
+        raise UserError(
+            f"{corpus.folder} has {corpus.vocab_size:,} token ids, but {weights.origin} has only {rows:,} rows",
+            "tokenize the text with the tokenizer of the model",
+        )
+    file = asked or weights.tokenizer_file
+    if file is None:
+        return
+    end = corpus.manifest.tokenizer.end_of_document
+    tokens, own = load_tokenizer(corpus.tokenizer_file, end), load_tokenizer(file, end)
+    if own.sha256 != tokens.sha256 and _meaning(own.tokenizer) != _meaning(tokens.tokenizer):
+        raise UserError(
+            f"{corpus.folder} was tokenized with another tokenizer (sha256 {tokens.sha256[:12]}) than that of "
+            f"{weights.origin} (sha256 {own.sha256[:12]})",
+            f"tokenize the text again with --tokenizer {file}",
+        )
+
+
+def _meaning(tokenizer: Tokenizer) -> tuple[dict[str, int], list[Any]]:
+    """What decides the ids of a text."""
+    parts = json.loads(tokenizer.to_str())
+    return tokenizer.get_vocab(with_added_tokens=True), [
+        parts["normalizer"],
+        parts["pre_tokenizer"],
+        parts["model"].get("merges"),
+    ]

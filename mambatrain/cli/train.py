@@ -1,0 +1,165 @@
+"""`pretrain` and `finetune`: one loop, two starting points."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mambatrain.recipe import Recipe
+    from mambatrain.runs.weights import Weights
+
+
+class Kernels(StrEnum):
+    auto = "auto"
+    native = "native"
+    torch = "torch"
+    reference = "reference"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Tracker(StrEnum):
+    none = "none"
+    wandb = "wandb"
+
+
+RunOption = Annotated[
+    Path | None, typer.Option("--run", help="Run folder. [default: runs/NAME of the recipe]", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Override one setting of the recipe, e.g. --set optimizer.learning_rate=1e-3; repeatable.",
+    ),
+]
+GpusOption = Annotated[
+    int | None, typer.Option("--gpus", min=1, metavar="N", help="Start one process for each of N GPUs of this machine.")
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option("--processes", min=1, metavar="N", help="Start N processes on the CPU.")
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where there is a device.")]
+KernelsOption = Annotated[
+    Kernels, typer.Option("--kernels", help="Which operators run; what cannot run is refused, never replaced.")
+]
+ResumeOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--fresh",
+        help="--resume: only continue. --fresh: move an earlier run aside and begin. "
+        "Default: continue a run of the same recipe, else begin.",
+        show_default=False,
+    ),
+]
+TrackerOption = Annotated[
+    Tracker, typer.Option("--tracker", help="Also log to Weights & Biases (offline without a key).")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    run: RunOption = None,
+    overrides: SetOption = None,
+    gpus: GpusOption = None,
+    processes: ProcessesOption = None,
+    device: DeviceOption = Device.auto,
+    kernels: KernelsOption = Kernels.auto,
+    resume: ResumeOption = None,
+    tracker: TrackerOption = Tracker.none,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a model from its initialisation. Ctrl-C or SIGTERM saves and ends with 75; the same command continues.
+
+    Example: mambatrain pretrain demo --run runs/demo --set training.total_tokens=2_000_000
+    """
+    from mambatrain.recipe import read_recipe
+
+    _train(read_recipe(recipe, overrides), recipe, None, run, gpus, processes, device, kernels, resume, tracker, quiet)
+
+
+def finetune(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    weights: Annotated[
+        str,
+        typer.Option("--from", metavar="WEIGHTS", help="A run, a transformers or mamba-ssm folder, or a hub name."),
+    ],
+    run: RunOption = None,
+    overrides: SetOption = None,
+    gpus: GpusOption = None,
+    processes: ProcessesOption = None,
+    device: DeviceOption = Device.auto,
+    kernels: KernelsOption = Kernels.auto,
+    resume: ResumeOption = None,
+    tracker: TrackerOption = Tracker.none,
+    quiet: QuietOption = False,
+) -> None:
+    """Continue training from weights on the recipe's data; the recipe may leave its model section out.
+
+    Example: mambatrain finetune continue --from demo/run --set data.shards=my/shards --run runs/continued
+    """
+    from mambatrain.recipe import read_recipe
+    from mambatrain.runs.weights import read_weights
+
+    start = read_weights(weights)
+    read = read_recipe(recipe, overrides, model=start.section)
+    _train(read, recipe, start, run, gpus, processes, device, kernels, resume, tracker, quiet)
+
+
+def _train(
+    recipe: Recipe,
+    name: str,
+    weights: Weights | None,
+    run: Path | None,
+    gpus: int | None,
+    processes: int | None,
+    device: Device,
+    kernels: Kernels,
+    resume: bool | None,
+    tracker: Tracker,
+    quiet: bool,
+) -> None:
+    from mambatrain.errors import UserError
+    from mambatrain.launch import is_worker
+
+    if gpus and processes:
+        raise UserError("--gpus and --processes exclude each other", "--processes is for CPUs")
+    folder = run or Path("runs") / Path(name).stem
+    if (gpus or processes) and not is_worker():
+        _launch(gpus, processes, folder)
+    from mambatrain.devices import end_processes
+    from mambatrain.training.assemble import Where
+    from mambatrain.training.start import run_training
+
+    chosen: Any = "cuda" if gpus else "cpu" if processes else device.value
+    where = Where(chosen, kernels.value, tracker.value, quiet)
+    mode: Any = {None: "if-possible", True: "required", False: "fresh"}[resume]
+    exit_code = run_training(recipe, folder, where, mode, weights)
+    end_processes()
+    # torchrun turns every worker's code into 1: a worker that stopped as asked leaves a marker in the run and ends with 0
+    raise typer.Exit(0 if is_worker() else exit_code)
+
+
+def _launch(gpus: int | None, processes: int | None, folder: Path) -> None:
+    """Runs this very command line once per device; the workers see that they are workers."""
+    import sys
+
+    from mambatrain.launch import launch_workers
+    from mambatrain.runs.folder import RunFolder
+
+    if gpus:
+        from mambatrain.devices import refuse_missing_gpus
+
+        refuse_missing_gpus(gpus)
+    count = gpus or processes or 1
+    raise typer.Exit(launch_workers(sys.argv[1:], count, RunFolder(folder).stopped_marker))

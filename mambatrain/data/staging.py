@@ -1,0 +1,142 @@
+"""Output that appears whole or not at all: written under a temporary name beside its place, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mambatrain.errors import UserError
+
+# A disk quota and a limit on the size of files end a write just as a full disk does.
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class StagedFolder:
+    """A folder in the making, `.NAME.partial` beside `NAME`, while `.NAME.lock` keeps other processes away.
+
+    Leaving the block without `publish` removes it, whatever the reason. What a killed process left is cleared away.
+
+    Raises (on entry):
+        UserError: another process is making the same folder.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        self._place = Path(os.path.realpath(self.out))  # a link is kept, and what it leads to is replaced
+        self.path = self._beside("partial")
+        self._old = self._beside("old")
+        self._lock_file = self._beside("lock")
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        self._lock = self._take_lock()
+        try:
+            if self._old.exists() and not self._place.exists():  # killed in the middle of `publish`
+                self._old.rename(self._place)
+            _remove(self._old)
+            _remove(self.path)
+            self.path.mkdir()
+        except BaseException:
+            self._give_lock_back()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            _remove(self.path)
+        finally:
+            self._give_lock_back()
+
+    def publish(self) -> None:
+        """Puts the folder in its place; one that is there already is replaced. Its files must have been synced."""
+        sync_folder(self.path)
+        if self._place.exists():
+            self._place.rename(self._old)
+        self.path.rename(self._place)
+        sync_folder(self._place.parent)
+        _remove(self._old)
+
+    def _beside(self, what: str) -> Path:
+        return self._place.with_name(f".{self._place.name}.{what}")
+
+    def _take_lock(self) -> int:
+        self._lock_file.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                hint = "wait for it, or name another --out"
+                raise UserError(f"{self.out} is being written by another process", hint) from None
+            # Whoever had the lock before may have removed its file since it was opened here.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), self._lock_file.stat()):
+                    return lock
+            os.close(lock)
+
+    def _give_lock_back(self) -> None:
+        self._lock_file.unlink()
+        os.close(self._lock)
+
+
+@contextmanager
+def write_errors_named(out: str | Path) -> Iterator[None]:
+    """Turns an error of the operating system into one that names the output: a full disk, a folder of another's.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        hint = "nothing was kept of it; make room and run again" if error.errno in _FULL_DISK else None
+        reason = (error.strerror or str(error)).lower() + (f" ({error.filename})" if error.filename else "")
+        raise UserError(f"{out} cannot be written: {reason}", hint) from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file that is on disk, or was not touched, whenever the machine stops."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""A byte-level BPE tokenizer learned from text, with GPT-2's way of splitting it (what llama.cpp calls `gpt-2`)."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from mambatrain.data.documents import DocumentReader
+from mambatrain.data.manifest import (
+    SourceRecord,
+    TokenizerManifest,
+    TokenizerSettings,
+    differing_fields,
+    differing_sources,
+    read_manifest,
+    record_sources,
+    refuse_other_output,
+)
+from mambatrain.data.permutation import permute
+from mambatrain.data.progress import ByteProgress
+from mambatrain.data.sources import Sources, check_unchanged, find_sources
+from mambatrain.data.staging import sha256_of, write_errors_named, write_file
+from mambatrain.data.tokenizer import cut_at_newlines, load_tokenizer
+from mambatrain.errors import UserError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # every byte and END_OF_DOCUMENT
+HELD_OUT_FRACTION = 0.02  # of the sampled passages: on these the bytes per token are counted
+PASSAGE_CHARACTERS = 65_536  # documents are drawn in passages of about this length, so that one long file is many
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """What `train_tokenizer` made or found.
+
+    Attributes:
+        bad: the first of the documents that were left out, `origin reason`; none where `reused`.
+    """
+
+    file: Path
+    manifest: TokenizerManifest
+    reused: bool
+    unread: tuple[Path, ...]
+    bad: tuple[str, ...]
+
+
+def train_tokenizer(
+    sources: Sequence[str | Path], out: str | Path, settings: TokenizerSettings, overwrite: bool = False
+) -> TrainedTokenizer:
+    """Trains a tokenizer into a `tokenizer.json`, or finds that this was done. `<|endoftext|>` has the id 0.
+
+    The result depends on sources and settings alone. `OUT.manifest.json` beside it records them.
+
+    Raises:
+        UserError: anything wrong with sources, settings, output or disk.
+    """
+    file = Path(out)
+    if settings.vocab_size < MIN_VOCAB_SIZE:
+        message = f"--vocab-size {settings.vocab_size} is below {MIN_VOCAB_SIZE}"
+        raise UserError(message, "every byte needs a token, and the end of a document another")
+    if file.is_dir():
+        raise UserError(f"{file} is a folder", f"name a file, for example --out {file / 'tokenizer.json'}")
+    found = find_sources(sources)
+    records = record_sources(found.files)
+    if file.exists() and not overwrite:
+        manifest = _reusable(file, records, settings)
+        return TrainedTokenizer(file, manifest, reused=True, unread=found.unread, bad=())
+    reader = DocumentReader(found.files, settings.text_field, settings.skip_bad)
+    sample = _draw_sample(found, reader, settings.sample_bytes)
+    check_unchanged(found.files)
+    num_held_out = max(1, int(len(sample) * HELD_OUT_FRACTION)) if len(sample) > 1 else 0
+    training, held_out = sample[: len(sample) - num_held_out], sample[len(sample) - num_held_out :]
+    content = _train(training, settings.vocab_size).to_str(pretty=True).encode()
+    with write_errors_named(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, content)
+        manifest = TokenizerManifest(
+            sources=records,
+            settings=settings,
+            sha256=hashlib.sha256(content).hexdigest(),
+            vocab_size=load_tokenizer(file).vocab_size,
+            num_sampled_bytes=sum(len(text.encode()) for text in training),
+            num_skipped_bad=reader.num_bad,
+            bytes_per_token=_bytes_per_token(file, held_out or training),
+            held_out=bool(held_out),
+        )
+        write_file(manifest_file(file), (manifest.model_dump_json(indent=2) + "\n").encode())
+    return TrainedTokenizer(file, manifest, reused=False, unread=found.unread, bad=tuple(reader.bad))
+
+
+def manifest_file(tokenizer_file: Path) -> Path:
+    """The record beside a trained tokenizer."""
+    return tokenizer_file.with_name(tokenizer_file.name + ".manifest.json")
+
+
+def _reusable(file: Path, records: list[SourceRecord], settings: TokenizerSettings) -> TokenizerManifest:
+    """The record of the tokenizer that is there, if it is what would be made."""
+    hint = "--overwrite replaces it, or name another --out"
+    if not manifest_file(file).is_file():
+        raise UserError(f"{file} exists and has no record of how it was made ({manifest_file(file).name})", hint)
+    manifest = read_manifest(manifest_file(file), TokenizerManifest)
+    if sha256_of(file) != manifest.sha256:
+        raise UserError(f"{file} was changed since it was trained", hint)
+    differences = differing_fields(manifest.settings, settings) + differing_sources(manifest.sources, records)
+    if differences:
+        raise refuse_other_output(file, differences)
+    return manifest
+
+
+def _draw_sample(sources: Sources, reader: DocumentReader, sample_bytes: int) -> list[str]:
+    """Passages drawn uniformly over the whole corpus, in random order: those with the smallest random keys."""
+    kept: list[tuple[int, str]] = []  # a heap by negative key: the passage to give up next comes first
+    num_bytes = 0
+    with ByteProgress("reading", sources.num_bytes) as progress:
+        for key, passage in zip(_random_keys(), _passages(reader), strict=False):
+            heapq.heappush(kept, (-key, passage))
+            num_bytes += len(passage.encode())
+            while num_bytes > sample_bytes and len(kept) > 1:
+                num_bytes -= len(heapq.heappop(kept)[1].encode())
+            progress.advance_to(reader.bytes_read)
+    if not kept:
+        hint = f"the first that cannot be read: {reader.bad[0]}" if reader.bad else "name files that hold text"
+        raise UserError(f"the sources hold no text ({len(sources.files)} files)", hint)
+    return [passage for _, passage in sorted(kept, reverse=True)]
+
+
+def _random_keys() -> Iterator[int]:
+    """Distinct numbers without end, the same every time; made many at once, which NumPy does fast."""
+    for first in itertools.count(step=4096):
+        yield from permute(np.arange(first, first + 4096, dtype=np.int64), 2**62, 0).tolist()
+
+
+def _passages(reader: DocumentReader) -> Iterator[str]:
+    for document in reader:
+        if document.text and not document.text.isspace():
+            yield from cut_at_newlines(document.text, PASSAGE_CHARACTERS)
+
+
+def _train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return tokenizer
+
+
+def _bytes_per_token(file: Path, texts: Sequence[str]) -> float:
+    num_tokens = sum(len(ids) for ids in load_tokenizer(file).encode_batch(texts))
+    return sum(len(text.encode()) for text in texts) / num_tokens

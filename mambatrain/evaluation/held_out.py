@@ -1,0 +1,78 @@
+"""How well a model predicts text it has not seen: nats per token, perplexity, bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mambatrain.data.batches import IGNORED_TARGET, MicroBatch
+from mambatrain.models.language_model import LanguageModel
+from mambatrain.ops.cross_entropy import chunked_cross_entropy
+
+
+class HeldOutLoss(NamedTuple):
+    """Sums, so that ranks add their shares before they divide."""
+
+    nats: float
+    """Summed -log p(target)."""
+    num_targets: int
+    """Tokens predicted."""
+    num_bytes: int
+    """UTF-8 bytes of the text those tokens stand for."""
+
+    @property
+    def nats_per_token(self) -> float:
+        """Depends on the tokenizer: compare only models that share one."""
+        return self.nats / self.num_targets
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token); inf where that is beyond a float."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 709.0 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable across tokenizers."""
+        return self.nats / math.log(2.0) / self.num_bytes
+
+
+def measure_held_out(model: LanguageModel, micro_batches: Iterable[MicroBatch], num_bytes: int) -> HeldOutLoss:
+    """The loss over all counted targets of some rows.
+
+    Weights, gradients, random state and the training mode are left as they are.
+
+    Args:
+        model: the module itself, not wrapped; autocast is the caller's (none: the dtype of the weights).
+        micro_batches: of this process; with several, the caller sums `nats` and `num_targets` over them.
+        num_bytes: of the text of all rows.
+    """
+    nats, num_targets = 0.0, 0
+    with evaluating(model):
+        for batch in micro_batches:
+            batch = batch.to(model.head_weight.device)
+            hidden, _ = model.hidden_states(batch.tokens, batch.boundaries)
+            loss = chunked_cross_entropy(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
+            nats += float(loss)  # a Python float is fp64; waits for the device once a micro-batch
+            num_targets += int((batch.targets != IGNORED_TARGET).sum())
+    return HeldOutLoss(nats, num_targets, num_bytes)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, and evaluation mode until the block ends, however it ends; each module's own mode comes back.
+
+    no_grad rather than inference_mode: what a model keeps for later must stay fit for training.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

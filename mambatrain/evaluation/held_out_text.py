@@ -1,0 +1,62 @@
+"""Which held-out text a model is measured on: a folder's, or the one a run was trained beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mambatrain.data.batches import HeldOutBatches
+from mambatrain.data.token_corpus import TokenCorpus, open_token_corpus
+from mambatrain.errors import UserError
+from mambatrain.recipe import Recipe, read_recipe
+from mambatrain.runs.folder import RunFolder
+
+ROW_TOKENS = 2048  # where no run says
+MAX_TOKENS = 500_000
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Documents to predict, and in rows of which length."""
+
+    corpus: TokenCorpus
+    row_tokens: int
+    batches: HeldOutBatches
+
+
+def find_held_out_text(
+    where: str, data: Path | None, row_tokens: int | None = None, max_tokens: int | None = None
+) -> HeldOutText:
+    """What the user named, else what the run's recipe says, so that the figure is that of the run's log.
+
+    Args:
+        where: the run or weights to be measured.
+        data: a folder of tokens; None: the run's own.
+        row_tokens: L; None: the run's, else ROW_TOKENS.
+        max_tokens: whole documents up to this many; None: the run's, else MAX_TOKENS.
+
+    Raises:
+        UserError: there is no such folder, or nothing in it is held out.
+    """
+    recipe = recipe_of_run(where)
+    if data is None:
+        if recipe is None:
+            raise UserError(f"{where} is no run, so there is no text that belongs to it", "name some: --data SHARDS")
+        data = Path(recipe.data.shards)
+    corpus = open_token_corpus(data)
+    length = row_tokens or (ROW_TOKENS if recipe is None else recipe.data.row_tokens)
+    most = max_tokens or (MAX_TOKENS if recipe is None else recipe.evaluation.max_tokens)
+    batches = HeldOutBatches(corpus.held_out, corpus.held_out_bytes, length, most)
+    if not batches.num_documents:
+        raise UserError(f"{data} holds no held-out documents", "tokenize with --held-out FRACTION above 0")
+    return HeldOutText(corpus, length, batches)
+
+
+def recipe_of_run(where: str) -> Recipe | None:
+    """The recipe of a run, or of the run that a checkpoint lies in; None for other weights."""
+    path = Path(where).expanduser()
+    for folder in (path, path.parent.parent):
+        run = RunFolder(folder)
+        if run.exists():
+            return read_recipe(str(run.recipe_file))
+    return None

@@ -1,0 +1,85 @@
+"""One process per device through torchrun, and exit codes that mean something.
+
+torchrun turns every worker's exit code into 1. So a run that was asked to stop leaves a marker file in its folder and
+its workers exit with 0; `launch_workers` turns the marker into exit code 75.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: stopped as asked, and resumable
+WORKER_VARIABLE = "MAMBATRAIN_WORKER"
+
+
+def is_worker() -> bool:
+    """Whether a launcher (ours, torchrun, accelerate launch) started this process as one of several."""
+    return "RANK" in os.environ or WORKER_VARIABLE in os.environ
+
+
+def rank_of_process() -> int:
+    """This process's rank, 0 when it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def num_processes_expected() -> int:
+    """How many processes the launcher of this one started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch_workers(arguments: list[str], num_processes: int, stopped_marker: Path) -> int:
+    """Runs `mambatrain ARGUMENTS` in processes of this machine and returns the exit code for the shell.
+
+    SIGTERM, SIGINT and SIGUSR1 to this process are handed to the workers as SIGTERM, which asks them to save and stop;
+    they run in a session of their own, so that a terminal's Ctrl-C reaches them through here alone.
+    """
+    import psutil
+
+    environment = dict(os.environ)
+    environment[WORKER_VARIABLE] = "1"
+    # torchrun would give every process one thread.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    command = [sys.executable, "-m", "mambatrain.launch", f"--nproc-per-node={num_processes}", "--standalone"]
+    torchrun = subprocess.Popen([*command, "-m", "mambatrain", *arguments], env=environment, start_new_session=True)
+
+    def pass_on(signal_number: int, frame: FrameType | None) -> None:
+        try:
+            workers = psutil.Process(torchrun.pid).children()
+        except psutil.NoSuchProcess:
+            return
+        for worker in workers or [torchrun]:
+            worker.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        exit_code = torchrun.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if stopped_marker.is_file():
+        return EXIT_STOPPED
+    return 0 if exit_code == 0 else 1
+
+
+def _run_torchrun() -> None:
+    """torchrun without its page of traceback when a worker fails: the worker has said why."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(sys.argv[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(
+            f"error: process {rank} ended with exit code {failure.exitcode}; the others were stopped", file=sys.stderr
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _run_torchrun()

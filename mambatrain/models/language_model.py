@@ -1,0 +1,102 @@
+"""The language model: embedding, blocks around a residual stream, a norm, a head."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mambatrain.models.mamba1 import Mamba1
+from mambatrain.models.mamba2 import Mamba2
+from mambatrain.models.norms import RMSNorm
+from mambatrain.models.state import BlockState
+from mambatrain.ops.backends import Backend
+from mambatrain.ops.reference import computing_dtype
+from mambatrain.recipe import ModelSection
+
+_MIXERS: dict[str, type[Mamba1] | type[Mamba2]] = {"mamba1": Mamba1, "mamba2": Mamba2}
+
+
+class Layer(nn.Module):
+    """residual + mixer(norm(residual)), the residual in fp32 under every precision."""
+
+    def __init__(self, section: ModelSection, backend: Backend) -> None:
+        super().__init__()
+        self.norm = RMSNorm(section.d_model, section.norm_eps)
+        self.mixer = _MIXERS[section.block](section, backend)
+
+    def forward(
+        self, residual: Tensor, boundaries: Tensor | None = None, state: BlockState | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """(B, L, d_model) fp32 -> the same, and the block's state behind the last position."""
+        u = self.norm(residual).to(self.mixer.in_proj.weight.dtype)  # narrow only where the weights are
+        y, state = self.mixer(u, boundaries, state)
+        return residual + y, state
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, logits out, with the recurrent state as an argument and a result.
+
+    Build it on `torch.device("meta")` where the weights come from elsewhere; `parameters.initialise` gives first ones.
+    """
+
+    def __init__(self, section: ModelSection, backend: Backend) -> None:
+        super().__init__()
+        self.section = section
+        self.checkpoint_activations = False
+        """Keep each block's input alone and compute the rest again in the backward pass."""
+        # Filled by whoever builds the model; torch's own first values on a meta device would import its compiler (2 s).
+        shape = section.padded_vocab_size, section.d_model
+        self.embedding = nn.Embedding(*shape, _weight=torch.empty(shape))
+        self.layers = nn.ModuleList(Layer(section, backend) for _ in range(section.num_layers))
+        self.norm_f = RMSNorm(section.d_model, section.norm_eps)
+        if not section.tie_embeddings:
+            self.lm_head = nn.Linear(section.d_model, section.padded_vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, d_model), the embedding's own when they are tied."""
+        return self.embedding.weight if self.section.tie_embeddings else self.lm_head.weight
+
+    def hidden_states(
+        self, tokens: Tensor, boundaries: Tensor | None = None, state: list[BlockState] | None = None
+    ) -> tuple[Tensor, list[BlockState]]:
+        """Everything before the head.
+
+        Args:
+            tokens: (B, L) int64.
+            boundaries: (B, L) bool, True where a document starts; a boundary at 0 discards `state`.
+            state: one per layer, as the previous call returned it; None starts from zero.
+
+        Returns:
+            (B, L, d_model) after the last norm, fp32, and the state behind the last position, one per layer.
+        """
+        residual = self.embedding(tokens)
+        residual = residual.to(computing_dtype(residual))  # (B, L, d_model)
+        states: list[BlockState] = []
+        for index, layer in enumerate(self.layers):
+            before = None if state is None else state[index]
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                residual, after = checkpoint(layer, residual, boundaries, before, use_reentrant=False)
+            else:
+                residual, after = layer(residual, boundaries, before)
+            states.append(after)
+        return self.norm_f(residual), states
+
+    def forward(
+        self, tokens: Tensor, boundaries: Tensor | None = None, state: list[BlockState] | None = None
+    ) -> tuple[Tensor, list[BlockState]]:
+        """Logits (B, L, V), at least fp32, and the state; the arguments are those of `hidden_states`."""
+        hidden, state = self.hidden_states(tokens, boundaries, state)
+        logits = F.linear(hidden.to(self.head_weight.dtype), self.head_weight)
+        return logits.to(computing_dtype(logits)), state
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> list[BlockState]:
+        """The empty state, one per layer; what state=None starts from."""
+        device = torch.device(device)
+        return [cast(Layer, layer).mixer.init_state(batch_size, device, dtype) for layer in self.layers]

@@ -1,0 +1,161 @@
+"""Checkpoints: everything to resume, written whole, checked before it is trusted, free of code.
+
+    step-00000100/model.safetensors        parameters by name
+    step-00000100/optimizer.safetensors    PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step
+    step-00000100/progress.json            step, draw, counts, lines of the log
+    step-00000100/manifest.json            size and SHA-256 of the other files; written last
+
+A checkpoint is written under a temporary name and renamed when all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mambatrain.errors import UserError
+from mambatrain.runs.files import explaining_full_disk, fsync_file, fsync_folder, sha256_of, write_json_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+PROGRESS_FILE = "progress.json"
+MANIFEST_FILE = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class Progress:
+    """How far a run is. `draw` decides the data, `step` the schedule; a skipped draw moves the first alone."""
+
+    step: int = 0
+    """Applied updates."""
+    draw: int = 0
+    """Batches drawn."""
+    tokens_seen: int = 0
+    """Counted targets of applied updates."""
+    skipped_in_a_row: int = 0
+    """Draws that were not applied since the last one that was."""
+    best_step: int | None = None
+    """Step with the lowest held-out loss so far."""
+    best_held_out_loss: float | None = None
+    """That loss, in nats per token."""
+    log_lines: int = 0
+    """Lines of log.jsonl that belong to this point."""
+
+
+def save_checkpoint(
+    checkpoints: Path, progress: Progress, model: dict[str, Tensor], optimizer: dict[str, Tensor]
+) -> Path:
+    """Writes a checkpoint and returns its folder.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        progress: where the run is.
+        model: parameters by name.
+        optimizer: optimizer tensors by `PARAMETER.FIELD`.
+
+    Raises:
+        UserError: the disk is full; earlier checkpoints are untouched.
+    """
+    from safetensors.torch import save_file
+
+    folder = checkpoints / f"step-{progress.step:08d}"
+    temporary = checkpoints / f".writing-{folder.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with explaining_full_disk(f"checkpoint {folder}"):
+            temporary.mkdir(parents=True)
+            save_file(model, temporary / MODEL_FILE, metadata={"format": "pt"})
+            save_file(optimizer, temporary / OPTIMIZER_FILE, metadata={"format": "pt"})
+            write_json_whole(temporary / PROGRESS_FILE, asdict(progress))
+            for name in (MODEL_FILE, OPTIMIZER_FILE):
+                fsync_file(temporary / name)
+            write_json_whole(temporary / MANIFEST_FILE, _manifest_of(temporary))
+            fsync_folder(temporary)
+            if folder.exists():  # the same step again, after a resume from an earlier one
+                shutil.rmtree(folder)
+            temporary.replace(folder)
+            fsync_folder(checkpoints)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first; unfinished ones have another name."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise UserError(f"{checkpoint} is not a checkpoint", "checkpoints are folders named like step-00000100")
+    return int(match.group(1))
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file, or None: every file has the size and digest of the manifest."""
+    manifest_file = checkpoint / MANIFEST_FILE
+    try:
+        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except OSError:
+        return f"{manifest_file} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{manifest_file} is not readable"
+    for required in (MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE):
+        if required not in expected:
+            return f"{manifest_file} does not list {required}"
+    for name, (num_bytes, digest) in expected.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != num_bytes:
+            return f"{file} has {file.stat().st_size:,} bytes where the manifest says {num_bytes:,}"
+        if sha256_of(file) != digest:
+            return f"{file} was changed: its digest is not the manifest's"
+    return None
+
+
+def newest_valid_checkpoint(run: Path, damaged: list[str] | None = None) -> Path | None:
+    """The newest checkpoint whose files are all whole, or None; what is wrong with newer ones goes into `damaged`."""
+    for checkpoint in reversed(list_checkpoints(run)):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        if damaged is not None:
+            damaged.append(damage)
+    return None
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Where the run was."""
+    return Progress(**json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
+
+
+def prune_checkpoints(run: Path, keep_newest: int, keep_step: int | None) -> None:
+    """Removes all but the newest ones and one named step; a removal that is cut short leaves no checkpoint's name."""
+    for checkpoint in list_checkpoints(run)[:-keep_newest]:
+        if step_of(checkpoint) != keep_step:
+            doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            checkpoint.replace(doomed)
+            shutil.rmtree(doomed)
+    for leftover in (run / "checkpoints").glob(".removing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _manifest_of(folder: Path) -> dict[str, object]:
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+    return {"format": "mambatrain checkpoint", "version": 1, "files": files}

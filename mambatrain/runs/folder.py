@@ -1,0 +1,108 @@
+"""A run folder: its files, who is using it, and the log.
+
+RUN/recipe.yaml        the recipe with every setting spelled out
+RUN/run.json           where it ran: backend, precision, devices, versions, data digest
+RUN/tokenizer.json     the tokenizer of its data
+RUN/log.jsonl          one JSON object a line: a step, or a held-out evaluation
+RUN/checkpoints/       step-00000100/, ...
+RUN/loss.png           drawn from log.jsonl
+RUN/stopped            exists while a run that was asked to stop waits to be resumed
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mambatrain.errors import UserError
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.facts_file = path / "run.json"
+        self.tokenizer_file = path / "tokenizer.json"
+        self.log_file = path / "log.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.loss_picture = path / "loss.png"
+        self.stopped_marker = path / "stopped"
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.recipe_file.is_file()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process; the lock dies with it, however it dies.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+                raise UserError(
+                    f"{self.path} is in use by another process (pid {holder})",
+                    "wait for it, stop it, or give another --run folder",
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+
+class RunLog:
+    """log.jsonl: appended a whole line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def cut_log(path: Path, num_lines: int) -> None:
+    """Keeps the first lines: what a resumed run will write again goes.
+
+    Raises:
+        UserError: the log is shorter than the checkpoint says it was.
+    """
+    if not path.is_file() and num_lines == 0:
+        return
+    kept = path.read_bytes().splitlines(keepends=True)[:num_lines] if path.is_file() else []
+    if len(kept) < num_lines:
+        raise UserError(
+            f"{path} has {len(kept)} lines where the checkpoint counts {num_lines}",
+            "restore the log, or start again with --fresh",
+        )
+    os.truncate(path, sum(map(len, kept)))

@@ -1,0 +1,268 @@
+"""From a recipe and a run folder to everything the loop works on."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+import mambatrain
+from mambatrain.data.batches import HeldOutBatches, TrainingOrder, Windows
+from mambatrain.data.token_corpus import TokenCorpus, open_token_corpus
+from mambatrain.data.tokenizer import have_same_vocabulary
+from mambatrain.devices import (
+    DeviceName,
+    Precision,
+    available_memory_bytes,
+    choose_device,
+    measure_peak_flops,
+    resolve_precision,
+    start_accelerator,
+)
+from mambatrain.errors import UserError
+from mambatrain.models.flops import count_parameters, training_flops_per_token
+from mambatrain.models.language_model import LanguageModel
+from mambatrain.models.parameters import initialise
+from mambatrain.ops.backends import Backend, choose_backend
+from mambatrain.ops.self_check import check_backend
+from mambatrain.recipe import Recipe
+from mambatrain.runs.checkpoint import MODEL_FILE, OPTIMIZER_FILE, Progress, read_progress
+from mambatrain.runs.folder import RunFolder
+from mambatrain.runs.weights import Weights
+from mambatrain.training.loop import TrainingRun
+from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
+from mambatrain.training.objective import NextTokenLoss
+from mambatrain.training.optimizer import build_optimizer, restore_optimizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a run runs: said on the command line, never in the recipe."""
+
+    device: DeviceName = "auto"
+    kernels: str = "auto"
+    tracker: Literal["none", "wandb"] = "none"
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` came to on the first start of a run; kept on every resume."""
+
+    precision: Precision
+    micro_batch_rows: int
+
+
+def assemble(
+    recipe: Recipe,
+    folder: RunFolder,
+    where: Where,
+    accelerator: Accelerator,
+    resolved: Resolved,
+    checkpoint: Path | None,
+    weights: Weights | None,
+) -> TrainingRun:
+    """Builds model, optimizer, data and reporter, restored from a checkpoint where there is one.
+
+    Args:
+        recipe: what is trained.
+        folder: the run's folder, locked by rank 0.
+        where: device, kernels, tracker.
+        accelerator: the processes of this run.
+        resolved: precision and micro-batch.
+        checkpoint: what to resume from.
+        weights: what to start from; None starts from the initialisation of the parameter table.
+
+    Raises:
+        UserError: data, tokenizer, weights and recipe do not fit each other, or a kernel fails its self-check.
+    """
+    is_main = accelerator.is_main_process
+    data = open_data(recipe, weights)
+    backend = choose_backend(where.kernels, accelerator.device)
+    check = check_backend(backend, recipe.model.block, accelerator.device)
+    model = build_model(recipe, backend, accelerator.device, resolved.precision, checkpoint, weights)
+    objective = NextTokenLoss(model)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    progress = Progress()
+    if checkpoint is not None:
+        restore_optimizer(optimizer, model, _read_tensors(checkpoint / OPTIMIZER_FILE))
+        progress = read_progress(checkpoint)
+    peak_flops, peak_source = measure_peak_flops(accelerator.device, resolved.precision)
+    facts: dict[str, Any] = {
+        "mambatrain": mambatrain.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": _device_name(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        **asdict(resolved),
+        "kernels": {"backend": backend.name, "reason": backend.reason, "self_check": asdict(check)},
+        "parameters": count_parameters(recipe.model),
+        "peak_flops": peak_flops,
+        "peak_flops_source": peak_source,
+        "data_digest": data.manifest.files["train.bin"].sha256,
+        "started_from": None if weights is None else {"origin": weights.origin, "digest": weights.digest},
+    }
+    tracker = None
+    if is_main:
+        folder.facts_file.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        if where.tracker == "wandb":
+            tracker = WandbTracker(folder, recipe.model_dump(mode="json"))
+            print_fact("wandb", tracker.where)
+        if not where.quiet:
+            _print_facts(recipe, folder, facts, backend, progress)
+    quiet = where.quiet or not is_main
+    return TrainingRun(
+        recipe=recipe,
+        folder=folder,
+        accelerator=accelerator,
+        objective=objective,
+        prepared=accelerator.prepare(objective),
+        optimizer=optimizer,
+        order=TrainingOrder(Windows(data.train, recipe.data.row_tokens), recipe.rows_per_step, recipe.data.seed),
+        held_out=_held_out_batches(data, recipe),
+        micro_batch_rows=min(resolved.micro_batch_rows, recipe.rows_per_step // accelerator.num_processes),
+        progress=progress,
+        reporter=RunReporter(folder, LiveLine(recipe.total_steps, progress.step, quiet), tracker, writes=is_main),
+        flops_per_token=training_flops_per_token(recipe.model, recipe.data.row_tokens),
+        peak_flops=peak_flops,
+    )
+
+
+def open_data(recipe: Recipe, weights: Weights | None) -> TokenCorpus:
+    """The recipe's token folder, checked against the model and against the tokenizer of the starting weights."""
+    data = open_token_corpus(recipe.data.shards)
+    if data.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"{recipe.data.shards} was tokenized with {data.vocab_size:,} token ids but model.vocab_size is "
+            f"{recipe.model.vocab_size:,}",
+            f"--set model.vocab_size={data.vocab_size}, or tokenize with the tokenizer the recipe means",
+        )
+    if (
+        weights is not None
+        and weights.tokenizer_file is not None
+        and not have_same_vocabulary(weights.tokenizer_file, data.tokenizer_file)
+    ):
+        raise UserError(
+            f"{recipe.data.shards} was tokenized with another tokenizer than that of {weights.origin}",
+            f"tokenize the text again with --tokenizer {weights.tokenizer_file}",
+        )
+    if Windows(data.train, recipe.data.row_tokens).num_windows == 0:
+        raise UserError(f"{recipe.data.shards} holds no training tokens", "tokenize more text")
+    return data
+
+
+def build_model(
+    recipe: Recipe,
+    backend: Backend,
+    device: torch.device,
+    precision: Precision,
+    checkpoint: Path | None,
+    weights: Weights | None,
+) -> LanguageModel:
+    """The model with its values: from a checkpoint, else from weights, else from the parameter table."""
+    with torch.device("meta"):
+        model = LanguageModel(recipe.model, backend)
+    model = model.to_empty(device=device)
+    model.to(torch.float64 if precision == "fp64" else torch.float32)
+    model.checkpoint_activations = recipe.training.activation_checkpointing == "every_block"
+    if checkpoint is not None:
+        fill_parameters(model, _read_tensors(checkpoint / MODEL_FILE))
+    elif weights is not None:
+        fill_parameters(model, weights.tensors)
+    else:
+        initialise(model, recipe.model, recipe.training.seed)
+    return model
+
+
+@torch.no_grad()
+def fill_parameters(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
+    """Copies tensors into the parameters of the same names; none may be missing or left over."""
+    parameters = dict(model.named_parameters())
+    if differing := parameters.keys() ^ tensors.keys():
+        raise UserError(f"the weights do not fit the recipe's model: {', '.join(sorted(differing)[:5])}")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, num_processes: int, fresh: bool) -> Resolved:
+    """Precision and micro-batch: as recorded in the run, or chosen now."""
+    if not fresh and folder.facts_file.is_file():
+        facts = json.loads(folder.facts_file.read_text(encoding="utf-8"))
+        return Resolved(facts["precision"], int(facts["micro_batch_rows"]))
+    precision = resolve_precision(recipe.training.precision, device)
+    asked = recipe.training.micro_batch_rows
+    rows = recipe.rows_per_step // num_processes
+    if rows * num_processes != recipe.rows_per_step:
+        raise UserError(
+            f"{recipe.rows_per_step} rows a step do not divide into {num_processes} processes",
+            "--set training.rows_per_step to a multiple, or start another number of processes",
+        )
+    return Resolved(precision, min(rows, choose_micro_batch_rows(recipe, rows, device) if asked == "auto" else asked))
+
+
+def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device) -> int:
+    """The largest divisor of a rank's rows whose activations fill at most half of the memory that is free.
+
+    Per token and layer about 40 d_model + 20 E bytes are kept for the backward pass in mixed precision, twice that in
+    fp32; with activation checkpointing the block's input alone (4 d_model). An estimate on the safe side.
+    """
+    model = recipe.model
+    per_layer = 2 * (40 * model.d_model + 20 * model.d_inner)
+    if recipe.training.activation_checkpointing == "every_block":
+        kept = model.num_layers * 4 * model.d_model + per_layer
+    else:
+        kept = model.num_layers * per_layer
+    states = 16 * count_parameters(model)["total"]  # weights, gradients, two moments
+    room = max(0.0, 0.5 * (available_memory_bytes(device) - states))
+    fitting = int(room // (kept * recipe.data.row_tokens))
+    return next((n for n in range(min(rows, max(1, fitting)), 0, -1) if rows % n == 0), 1)
+
+
+def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool) -> tuple[Accelerator, Resolved]:
+    """Device, precision and processes of this run."""
+    from mambatrain.launch import num_processes_expected
+
+    device = choose_device(where.device)
+    resolved = resolve(recipe, folder, device, num_processes_expected(), fresh)
+    return start_accelerator(device, resolved.precision), resolved
+
+
+def _held_out_batches(data: TokenCorpus, recipe: Recipe) -> HeldOutBatches | None:
+    batches = HeldOutBatches(data.held_out, data.held_out_bytes, recipe.data.row_tokens, recipe.evaluation.max_tokens)
+    return batches if batches.num_targets else None
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = load_file(file)
+    return tensors
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _print_facts(
+    recipe: Recipe, folder: RunFolder, facts: dict[str, Any], backend: Backend, progress: Progress
+) -> None:
+    model = recipe.model
+    print_fact("run", str(folder.path) + (f", resumed at step {progress.step:,}" if progress.draw else ""))
+    print_fact("model", f"{model.block}, {facts['parameters']['total']:,} parameters")
+    print_fact("data", f"{recipe.data.shards}, rows of {recipe.data.row_tokens}")
+    print_fact(
+        "training",
+        f"{recipe.total_steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts['precision']}, "
+        f"micro-batches of {facts['micro_batch_rows']} rows, {facts['num_processes']} process(es) on {facts['device']}",
+    )
+    print_fact("kernels", f"{backend.name}: {backend.reason}")

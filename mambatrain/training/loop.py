@@ -1,0 +1,232 @@
+"""The loop that every kind of training runs: pretraining and fine-tuning differ in data and starting weights alone."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mambatrain.data.batches import IGNORED_TARGET, HeldOutBatches, MicroBatch, TrainingOrder
+from mambatrain.devices import peak_memory_bytes
+from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
+from mambatrain.runs.checkpoint import Progress, prune_checkpoints, save_checkpoint
+from mambatrain.runs.files import explaining_full_disk
+from mambatrain.training.guards import find_fault, refuse_endless_skipping
+from mambatrain.training.optimizer import optimizer_tensors, set_learning_rate
+from mambatrain.training.schedule import learning_rate_at
+from mambatrain.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mambatrain.recipe import Recipe
+    from mambatrain.runs.folder import RunFolder
+    from mambatrain.training.metrics import RunReporter
+    from mambatrain.training.objective import NextTokenLoss
+
+
+@dataclass
+class TrainingRun:
+    """Everything the loop works on."""
+
+    recipe: Recipe
+    folder: RunFolder
+    accelerator: Accelerator
+    objective: NextTokenLoss
+    """The module itself; its parameters are those of the model."""
+    prepared: torch.nn.Module
+    """The objective as Accelerate wrapped it: autocast, and DDP where there are several processes."""
+    optimizer: torch.optim.Optimizer
+    order: TrainingOrder
+    held_out: HeldOutBatches | None
+    micro_batch_rows: int
+    progress: Progress
+    reporter: RunReporter
+    flops_per_token: float
+    peak_flops: float
+    """Of one device."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one draw came to, over all ranks."""
+
+    loss: float
+    """Nats per counted target."""
+    gradient_norm: float
+    """Before clipping."""
+    num_targets: int
+    data_seconds: float
+    """Time this rank waited for its rows."""
+    stop_asked: bool
+    """Whether any rank was asked to stop."""
+
+
+def train(run: TrainingRun) -> bool:
+    """Trains to the recipe's last step.
+
+    Returns:
+        True where the run was asked to stop before; a checkpoint is written either way.
+
+    Raises:
+        UserError: too many draws in a row could not be applied, or the disk is full.
+    """
+    recipe, progress = run.recipe, run.progress
+    with StopRequest() as stop, explaining_full_disk(f"the log of {run.folder.path}"):
+        if progress.draw == 0:
+            evaluate_held_out(run)
+        saved_step = progress.step if progress.draw else -1
+        while progress.step < recipe.total_steps:
+            started = time.perf_counter()
+            learning_rate = learning_rate_at(progress.step, recipe)
+            set_learning_rate(run.optimizer, learning_rate)
+            draw = compute_gradients(run, stop)
+            fault = find_fault(draw.loss, draw.gradient_norm, draw.num_targets)
+            if fault is None:
+                run.optimizer.step()
+                progress.step += 1
+                progress.tokens_seen += draw.num_targets
+                progress.skipped_in_a_row = 0
+            else:
+                progress.skipped_in_a_row += 1
+            run.optimizer.zero_grad(set_to_none=True)
+            progress.draw += 1
+            write_draw(run, draw, fault, learning_rate, time.perf_counter() - started)
+            if fault is not None:
+                refuse_endless_skipping(progress.skipped_in_a_row, progress.draw - 1, fault)
+            improved = fault is None and is_due(recipe.evaluation.every_steps, run) and evaluate_held_out(run)
+            save_is_due = fault is None and is_due(recipe.checkpoint.every_steps, run)
+            if save_is_due or (improved and recipe.checkpoint.keep_best):
+                save(run)
+                saved_step = progress.step
+            if draw.stop_asked:
+                break
+        if saved_step != progress.step:
+            save(run)
+    return progress.step < recipe.total_steps
+
+
+def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
+    """Forward and backward over this rank's micro-batches; gradients are summed over ranks and clipped.
+
+    The loss is summed over the whole step and divided once by the global number of counted targets, so that it does
+    not depend on how the rows were split into ranks and micro-batches.
+    """
+    accelerator, device = run.accelerator, run.accelerator.device
+    started = time.perf_counter()
+    micro_batches = run.order.micro_batches(
+        run.progress.draw, run.micro_batch_rows, accelerator.process_index, accelerator.num_processes
+    )
+    data_seconds = time.perf_counter() - started
+    num_targets = int(sum_over_ranks(run, torch.tensor([count_targets(micro_batches)], dtype=torch.float64))[0])
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for index, micro_batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        # DDP sums gradients over ranks in the backward pass of the last micro-batch alone.
+        with accelerator.no_sync(run.prepared) if not last else nullcontext():
+            loss = run.prepared(*micro_batch.to(device))
+            # DDP averages over ranks; we want the sum, hence the factor.
+            accelerator.backward(loss * (accelerator.num_processes / max(num_targets, 1)))
+        loss_sum += loss.detach()
+    gradient_norm = accelerator.clip_grad_norm_(run.prepared.parameters(), run.recipe.training.clip_norm)
+    # One reduction for all that the ranks must agree on.
+    total, norm, asked = sum_over_ranks(
+        run, torch.tensor([loss_sum.item(), float(gradient_norm), float(stop.asked)], dtype=torch.float64)
+    ).tolist()
+    return Draw(
+        loss=total / max(num_targets, 1),
+        gradient_norm=norm / accelerator.num_processes,
+        num_targets=num_targets,
+        data_seconds=data_seconds,
+        stop_asked=asked > 0,
+    )
+
+
+def evaluate_held_out(run: TrainingRun) -> bool:
+    """Measures the held-out loss, writes it to the log, and says whether it is the best so far."""
+    if run.held_out is None:
+        return False
+    accelerator, progress = run.accelerator, run.progress
+    share = run.held_out.micro_batches(run.micro_batch_rows, accelerator.process_index, accelerator.num_processes)
+    with accelerator.autocast():
+        own = measure_held_out(run.objective.model, (batch.to(accelerator.device) for batch in share), 0)
+    nats, num_targets = sum_over_ranks(run, torch.tensor([own.nats, own.num_targets], dtype=torch.float64)).tolist()
+    loss = HeldOutLoss(nats, int(num_targets), run.held_out.num_bytes)
+    run.progress.log_lines += 1
+    run.reporter.write_held_out(
+        {
+            "event": "held_out",
+            "step": progress.step,
+            "draw": progress.draw,
+            "tokens_seen": progress.tokens_seen,
+            "held_out_loss": loss.nats_per_token,
+            "held_out_bits_per_byte": loss.bits_per_byte,
+            "held_out_tokens": loss.num_targets,
+        }
+    )
+    improved = progress.best_held_out_loss is None or loss.nats_per_token < progress.best_held_out_loss
+    if improved and progress.step > 0:
+        progress.best_step, progress.best_held_out_loss = progress.step, loss.nats_per_token
+    return improved
+
+
+def save(run: TrainingRun) -> None:
+    """Writes a checkpoint on rank 0 while the others wait, and removes those the recipe does not keep."""
+    if run.accelerator.is_main_process:
+        model = {name: value.detach() for name, value in run.objective.model.named_parameters()}
+        save_checkpoint(
+            run.folder.checkpoints, run.progress, model, optimizer_tensors(run.optimizer, run.objective.model)
+        )
+        keep = run.recipe.checkpoint
+        prune_checkpoints(run.folder.path, keep.keep_newest, run.progress.best_step if keep.keep_best else None)
+    run.accelerator.wait_for_everyone()
+
+
+def write_draw(run: TrainingRun, draw: Draw, fault: str | None, learning_rate: float, seconds: float) -> None:
+    """The draw's JSON line. Skipped draws have no loss in it: NaN is not JSON."""
+    progress = run.progress
+    tokens_per_second = draw.num_targets / seconds
+    line: dict[str, Any] = {
+        "event": "step" if fault is None else "skipped",
+        "step": progress.step,
+        "draw": progress.draw - 1,
+        "tokens_seen": progress.tokens_seen,
+        "loss": draw.loss if fault is None else None,
+        "gradient_norm": draw.gradient_norm if fault is None else None,
+        "learning_rate": learning_rate,
+        "num_targets": draw.num_targets,
+        "tokens_per_second": tokens_per_second,
+        "model_flops_utilisation": tokens_per_second
+        * run.flops_per_token
+        / (run.peak_flops * run.accelerator.num_processes),
+        "seconds": seconds,
+        "data_seconds": draw.data_seconds,
+        "memory_bytes": peak_memory_bytes(run.accelerator.device),
+    }
+    if fault is not None:
+        line["reason"] = fault
+        run.reporter.say(f"draw {progress.draw - 1} was skipped: {fault}")
+    progress.log_lines += 1
+    run.reporter.write_step(line, run.recipe.training.log_every_steps)
+
+
+def is_due(interval: int, run: TrainingRun) -> bool:
+    """Whether something that happens every `interval` steps, and at the last one, happens now."""
+    return run.progress.step % interval == 0 or run.progress.step == run.recipe.total_steps
+
+
+def count_targets(micro_batches: list[MicroBatch]) -> int:
+    """Targets that count."""
+    return sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in micro_batches)
+
+
+def sum_over_ranks(run: TrainingRun, values: Tensor) -> Tensor:
+    """Sums a small fp64 tensor over ranks; the same bits on each."""
+    if run.accelerator.num_processes == 1:
+        return values
+    summed: Tensor = run.accelerator.reduce(values.to(run.accelerator.device), "sum")
+    return summed

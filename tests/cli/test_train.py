@@ -1,0 +1,163 @@
+"""`pretrain` and `finetune` as a person runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mambatrain.runs.checkpoint import list_checkpoints
+from mambatrain.runs.folder import read_log
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+WriteRecipe = Callable[..., Path]
+
+
+def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    command = [Path(sys.executable).with_name("mambatrain"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if any(line["step"] >= step for line in read_log(run / "log.jsonl")):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} did not reach step {step}")
+
+
+def test_pretrain_leaves_a_run_and_finetune_goes_on_from_it(
+    run_mambatrain: Run, write_tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe, run = write_tiny_recipe(), tmp_path / "run"
+    done = run_mambatrain(
+        "pretrain", recipe, "--run", run, "--kernels", "torch", "--set", "optimizer.learning_rate=5e-3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "torch: asked for" in done.stderr
+    assert {"recipe.yaml", "run.json", "log.jsonl", "loss.png", "tokenizer.json", "checkpoints"} <= {
+        path.name for path in run.iterdir()
+    }
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["kernels"]["backend"] == "torch"
+    assert facts["kernels"]["self_check"]["passed"] is True
+    log = read_log(run / "log.jsonl")
+    assert [line["step"] for line in log if line["event"] == "step"] == list(range(1, 13))
+    assert [line["step"] for line in log if line["event"] == "held_out"] == [0, 5, 10, 12]
+
+    again = run_mambatrain("pretrain", recipe, "--run", run, "--set", "optimizer.learning_rate=5e-3")
+    assert again.returncode == 0
+    assert "is finished: 12 steps are done" in again.stderr
+
+    continued = run_mambatrain(
+        "finetune", write_tiny_recipe(model=None), "--from", run, "--run", tmp_path / "continued", "--set",
+        "optimizer.learning_rate=1e-4",
+    )  # fmt: skip
+    assert continued.returncode == 0, continued.stderr
+    first = next(line for line in read_log(tmp_path / "continued" / "log.jsonl") if line["event"] == "held_out")
+    last = [line for line in log if line["event"] == "held_out"][-1]
+    assert first["held_out_loss"] == pytest.approx(last["held_out_loss"], rel=1e-6)
+
+
+def test_another_recipe_in_the_same_folder_is_refused_with_what_differs(
+    run_mambatrain: Run, write_tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe, run = write_tiny_recipe(training__total_steps=2), tmp_path / "run"
+    assert run_mambatrain("pretrain", recipe, "--run", run).returncode == 0
+    other = run_mambatrain("pretrain", recipe, "--run", run, "--set", "optimizer.learning_rate=0.5")
+    assert other.returncode == 1
+    assert "optimizer.learning_rate: 0.01 -> 0.5" in other.stderr
+    assert "hint: " in other.stderr
+    assert "Traceback" not in other.stderr
+    fresh = run_mambatrain("pretrain", recipe, "--run", run, "--set", "optimizer.learning_rate=0.5", "--fresh")
+    assert fresh.returncode == 0, fresh.stderr
+    assert list_checkpoints(run / "before-1"), "the earlier run was not kept"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_says_75_and_goes_on(
+    write_tiny_recipe: WriteRecipe, tmp_path: Path, processes: int, number: signal.Signals
+) -> None:
+    if (processes, number) == (2, signal.SIGINT):
+        pytest.skip("the launcher hands both signals on in one place; starting processes is what costs time")
+    recipe, run = write_tiny_recipe(training__total_steps=100_000, checkpoint__every_steps=50_000), tmp_path / "run"
+    options = ["--processes", "2"] if processes == 2 else []
+    process = start("pretrain", recipe, "--run", run, "--kernels", "torch", *options, cwd=tmp_path)
+    wait_for_step(run, 3)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert "Traceback" not in stderr
+    saved = list_checkpoints(run)
+    assert len(saved) == 1
+    assert int(saved[0].name[5:]) == max(line["step"] for line in read_log(run / "log.jsonl"))
+    assert (run / "stopped").is_file()
+
+
+def test_a_folder_in_use_is_refused(run_mambatrain: Run, write_tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, run = write_tiny_recipe(training__total_steps=100_000), tmp_path / "run"
+    first = start("pretrain", recipe, "--run", run, "--quiet", cwd=tmp_path)
+    try:
+        wait_for_step(run, 1)
+        second = run_mambatrain("pretrain", recipe, "--run", run)
+        assert second.returncode == 1
+        assert f"in use by another process (pid {first.pid})" in second.stderr
+    finally:
+        first.kill()
+        first.communicate()
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "hinted"),
+    [
+        (
+            "model.vocab_size=256",
+            "was tokenized with 512 token ids but model.vocab_size is 256",
+            "model.vocab_size=512",
+        ),
+        ("data.shards=nowhere", "nowhere", "hint: "),
+        ("model.d_modle=3", "no such setting", "model.d_model"),
+        ("training.total_steps=many", "training.total_steps", "hint: "),
+        ("training.total_steps", "not of the form path.to.field=value", "hint: "),
+    ],
+)
+def test_a_mistake_gets_a_sentence_and_a_hint(
+    run_mambatrain: Run, write_tiny_recipe: WriteRecipe, tmp_path: Path, change: str, said: str, hinted: str
+) -> None:
+    done = run_mambatrain("pretrain", write_tiny_recipe(), "--run", tmp_path / "run", "--set", change)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert hinted in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_rows_that_do_not_divide_into_processes_are_refused_once(
+    run_mambatrain: Run, write_tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_tiny_recipe(training__rows_per_step=3)
+    done = run_mambatrain("pretrain", recipe, "--run", tmp_path / "run", "--processes", "2")
+    assert done.returncode == 1
+    assert done.stderr.count("3 rows a step do not divide into 2 processes") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_wandb_without_a_key_is_offline_and_says_where(
+    run_mambatrain: Run, write_tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_tiny_recipe(training__total_steps=2)
+    done = run_mambatrain("pretrain", recipe, "--run", tmp_path / "run", "--tracker", "wandb")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert "offline-run-" in done.stderr

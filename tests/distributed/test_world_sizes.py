@@ -1,0 +1,108 @@
+"""1, 2 and 4 processes: the same order, the same losses, and a run that moves between them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from mambatrain.runs.checkpoint import list_checkpoints
+from mambatrain.runs.folder import read_log
+
+WORLD_SIZES = (2, 1, 4)  # 2 first: its checkpoint is what 1 and 4 resume from
+CASES: dict[str, dict[str, Any]] = {
+    "mamba1-fp64": {"training__precision": "fp64"},
+    "mamba2-fp64": {"training__precision": "fp64", "model__block": "mamba2", "model__head_dim": 16},
+    "mamba1-fp32": {},
+    "mamba2-fp32": {"model__block": "mamba2", "model__head_dim": 16, "model__tie_embeddings": False},
+    "accumulated-fp64": {"training__precision": "fp64", "training__micro_batch_rows": 1, "training__rows_per_step": 8},
+    "recomputed-fp64": {"training__precision": "fp64", "training__activation_checkpointing": "every_block"},
+}
+MOVED = "mamba1-fp64"
+
+
+def launch(world_size: int, cases: list[dict[str, str]], folder: Path) -> None:
+    file = folder / f"cases-{world_size}.json"
+    file.write_text(json.dumps(cases))
+    worker = Path(__file__).with_name("worker.py")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, worker, file],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "EXPECTED_WORLD_SIZE": str(world_size)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """RUNS/WORLD_SIZE/CASE of every case, and RUNS/WORLD_SIZE/moved resumed from step 4 of 2 processes."""
+    folder = tmp_path_factory.mktemp("worlds")
+    recipes = {name: write_case(folder / f"{name}.yaml", tiny_shards, changes) for name, changes in CASES.items()}
+    for world_size in WORLD_SIZES:
+        cases = [
+            {"recipe": str(recipes[name]), "run": str(folder / str(world_size) / name), "resume": "fresh"}
+            for name in CASES
+        ]
+        if world_size != 2:
+            moved = folder / str(world_size) / "moved"
+            shutil.copytree(folder / "2" / MOVED, moved)
+            for checkpoint in list_checkpoints(moved)[1:]:
+                shutil.rmtree(checkpoint)
+            cases.append({"recipe": str(recipes[MOVED]), "run": str(moved), "resume": "required"})
+        launch(world_size, cases, folder)
+    return folder
+
+
+def write_case(file: Path, shards: Path, changes: dict[str, Any]) -> Path:
+    import yaml
+
+    content: dict[str, Any] = {
+        "model": {"block": "mamba1", "d_model": 16, "num_layers": 2, "vocab_size": 512, "d_state": 8},
+        "data": {"shards": str(shards), "row_tokens": 24},
+        "training": {"rows_per_step": 4, "total_steps": 8, "precision": "fp32"},
+        "optimizer": {"learning_rate": 0.01},
+        "evaluation": {"every_steps": 4, "max_tokens": 300},
+        "checkpoint": {"every_steps": 4, "keep_newest": 9},
+    }
+    for path, value in changes.items():
+        section, field = path.split("__")
+        content[section][field] = value
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def losses(run: Path) -> list[float]:
+    return [line.get("loss", line.get("held_out_loss")) for line in read_log(run / "log.jsonl")]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_losses_do_not_depend_on_the_number_of_processes(runs: Path, case: str, world_size: int) -> None:
+    tolerance = 1e-10 if case.endswith("fp64") else 1e-5
+    alone = losses(runs / "1" / case)
+    assert len(alone) == 8 + 3  # steps, and the held-out loss at 0, 4 and 8
+    assert losses(runs / str(world_size) / case) == pytest.approx(alone, rel=tolerance)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_run_of_2_processes_goes_on_with_another_number(runs: Path, world_size: int) -> None:
+    assert losses(runs / str(world_size) / "moved") == pytest.approx(losses(runs / "2" / MOVED), rel=1e-10)
+    final = [
+        load_file(list_checkpoints(runs / place)[-1] / "model.safetensors")
+        for place in (f"{world_size}/moved", f"2/{MOVED}")
+    ]
+    for name, value in final[0].items():
+        assert value == pytest.approx(final[1][name], rel=1e-8, abs=1e-10), name
+
+
+def test_activation_checkpointing_changes_nothing(runs: Path) -> None:
+    assert losses(runs / "1" / "recomputed-fp64") == losses(runs / "1" / MOVED)

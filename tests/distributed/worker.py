@@ -1,0 +1,24 @@
+"""One process of a launch: runs every case of a JSON file `[{recipe, run, resume}]` one after another.
+
+Starting processes is what costs time, so a launch of one world size runs all cases.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from mambatrain.devices import end_processes
+from mambatrain.recipe import read_recipe
+from mambatrain.training.assemble import Where
+from mambatrain.training.start import run_training
+
+torch.set_num_threads(1)
+for case in json.loads(Path(sys.argv[1]).read_text()):
+    where = Where(device="cpu", kernels="torch", quiet=True)
+    assert run_training(read_recipe(case["recipe"]), Path(case["run"]), where, case["resume"]) == 0
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    assert world == int(os.environ["EXPECTED_WORLD_SIZE"]), f"{world} processes joined"
+end_processes()

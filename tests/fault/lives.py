@@ -1,0 +1,71 @@
+"""Runs one recipe in as many lives as it takes: `python lives.py RECIPE RUN SEED KILLS MAX_SECONDS`.
+
+Each life is a fork of this process, which has imported everything and computed nothing, so that a life costs no
+start-up. It is killed with SIGKILL, KILLS times: every fifth at a random moment of its start, the others at a random
+moment within MAX_SECONDS of its first step, so that they fall on steps, evaluations and saves however slow the machine
+is. The last life is left alone. Prints a JSON list of
+what each killed life left: its newest whole checkpoint, and whether it died in the middle of a save.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import accelerate  # noqa: F401
+import safetensors.torch  # noqa: F401
+import torch
+
+import mambatrain.ops.backends  # noqa: F401
+from mambatrain.recipe import read_recipe
+from mambatrain.runs.checkpoint import newest_valid_checkpoint
+from mambatrain.training.assemble import Where
+from mambatrain.training.start import run_training
+
+
+def live(recipe: str, run: Path) -> None:
+    torch.set_num_threads(1)
+    os._exit(run_training(read_recipe(recipe), run, Where(device="cpu", kernels="torch", quiet=True), "if-possible"))
+
+
+def wait_for_growth(log: Path, child: int) -> None:
+    """Until the life has written its first line (a resumed one cuts the log before), or has ended."""
+    size = log.stat().st_size if log.exists() else 0
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        now = log.stat().st_size if log.exists() else 0
+        if now > size:
+            return
+        size = now
+        time.sleep(0.001)
+
+
+def main() -> None:
+    recipe, run = sys.argv[1], Path(sys.argv[2])
+    rng = random.Random(int(sys.argv[3]))
+    kills, max_seconds = int(sys.argv[4]), float(sys.argv[5])
+    lives = []
+    for number in range(kills + 1):
+        child = os.fork()
+        if child == 0:
+            live(recipe, run)
+        if number < kills:
+            if number % 5:
+                wait_for_growth(run / "log.jsonl", child)
+            time.sleep(rng.uniform(0.0, max_seconds))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        newest = newest_valid_checkpoint(run)
+        lives.append(
+            {
+                "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
+                "checkpoint": newest.name if newest else None,
+                "in_mid_save": any((run / "checkpoints").glob(".writing-*")),
+            }
+        )
+    print(json.dumps(lives))
+
+
+main()

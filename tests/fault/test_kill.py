@@ -1,0 +1,61 @@
+"""Killed at any instant and resumed equals never killed, to the last bit."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mambatrain.runs.checkpoint import list_checkpoints
+from mambatrain.runs.folder import read_log
+
+TIMES_AND_RATES = {"seconds", "data_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes"}
+
+
+def run_lives(recipe: Path, run: Path, seed: int, kills: int, max_seconds: float) -> list[dict[str, Any]]:
+    command = [
+        sys.executable,
+        Path(__file__).with_name("lives.py"),
+        recipe,
+        run,
+        str(seed),
+        str(kills),
+        str(max_seconds),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lives: list[dict[str, Any]] = json.loads(done.stdout)
+    return lives
+
+
+def outcome(run: Path) -> tuple[dict[str, dict[str, bytes]], list[dict[str, Any]]]:
+    """Every byte of every checkpoint, and the log without what a clock says."""
+    checkpoints = {
+        folder.name: {file.name: file.read_bytes() for file in folder.iterdir()} for folder in list_checkpoints(run)
+    }
+    log = [
+        {key: value for key, value in line.items() if key not in TIMES_AND_RATES}
+        for line in read_log(run / "log.jsonl")
+    ]
+    return checkpoints, log
+
+
+@pytest.mark.parametrize("block", ["mamba1", "mamba2"])
+def test_twenty_kills_change_nothing(block: str, write_tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    model = {"model__block": block, "model__head_dim": 16} if block == "mamba2" else {"model__block": block}
+    recipe = write_tiny_recipe(
+        **model,
+        training__total_steps=60,
+        training__micro_batch_rows=2,
+        checkpoint__every_steps=3,
+        evaluation__every_steps=7,
+    )
+    kills = 20 if block == "mamba1" else 5
+    undisturbed = run_lives(recipe, tmp_path / "undisturbed", 0, 0, 0)
+    lives = run_lives(recipe, tmp_path / "killed", 11, kills, 0.5)
+    assert [life["signal"] for life in undisturbed] == [0]
+    assert len({life["checkpoint"] for life in lives if life["signal"] == 9}) > kills // 5, "the run ended too early"
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")

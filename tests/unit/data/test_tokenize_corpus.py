@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mambatrain.data import tokenize_corpus as module
+from mambatrain.data.manifest import TokenizeOptions
+from mambatrain.data.token_corpus import DATA_FILES, TokenCorpus, open_token_corpus, verify_token_corpus
+from mambatrain.data.token_shards import TokenShardWriter
+from mambatrain.data.tokenize_corpus import num_held_out, tokenize_corpus
+from mambatrain.data.tokenizer import LoadedTokenizer, load_tokenizer
+from mambatrain.errors import UserError
+
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+TEXTS = [
+    f"document {number} says é and 漢\r\nover {'several ' * (number % 7)}\n lines<|endoftext|>" for number in range(60)
+]
+
+
+def write_source(file: Path, texts: list[str]) -> Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "corpus.jsonl", TEXTS)
+
+
+def documents_of(corpus: TokenCorpus, loaded: LoadedTokenizer) -> tuple[list[str], list[str]]:
+    """The texts of both shards in their order; the layout is checked on the way."""
+    both = []
+    for shard, text_bytes in ((corpus.train, corpus.train_bytes), (corpus.held_out, corpus.held_out_bytes)):
+        texts = []
+        for number in range(shard.num_documents):
+            start = int(shard.document_starts[number])
+            ids = shard.tokens(start, start + int(shard.document_lengths[number])).tolist()
+            assert ids[-1] == loaded.end_of_document_id
+            assert loaded.end_of_document_id not in ids[:-1]
+            texts.append(loaded.decode(ids[:-1]))
+            assert text_bytes[number] == len(texts[-1].encode())
+        assert texts[0] == ""
+        assert int(shard.document_lengths.sum()) == shard.num_tokens
+        both.append(texts[1:])
+    return both[0], both[1]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_every_document_comes_back_once_and_the_last_of_the_order_are_held_out(
+    source: Path, byte_tokenizer: Path, tmp_path: Path
+) -> None:
+    done = tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(held_out=0.1))
+    assert not done.reused
+    train, held_out = documents_of(done.corpus, load_tokenizer(byte_tokenizer))
+    assert (len(train), len(held_out)) == (54, 6)
+    assert sorted(train + held_out) == sorted(TEXTS)
+    assert train + held_out != TEXTS
+    manifest = done.corpus.manifest
+    assert (manifest.train.num_documents, manifest.held_out.num_documents) == (54, 6)
+    assert manifest.train.num_bytes + manifest.held_out.num_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert manifest.train.num_tokens == done.corpus.train.num_tokens
+    assert manifest.sources[0].sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert manifest.dtype == "uint16"
+    assert done.corpus.tokenizer_file.read_bytes() == byte_tokenizer.read_bytes()
+    verify_token_corpus(done.corpus)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*DATA_FILES, "manifest.json"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
+
+
+@settings(max_examples=15)
+@given(batch_characters=st.integers(1, 5000))
+def test_the_bytes_do_not_depend_on_the_batch(
+    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path, batch_characters: int
+) -> None:
+    folder = tmp_path_factory.mktemp("batches")
+    source = write_source(folder / "corpus.jsonl", TEXTS)
+    options = TokenizeOptions(held_out=0.05, seed=3)
+    tokenize_corpus([source], byte_tokenizer, folder / "one", options)
+    tokenize_corpus([source], byte_tokenizer, folder / "other", options, batch_characters=batch_characters)
+    assert snapshot(folder / "one") == snapshot(folder / "other")
+
+
+def test_the_order_follows_the_seed_alone(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    loaded = load_tokenizer(byte_tokenizer)
+    orders = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        done = tokenize_corpus([source], byte_tokenizer, tmp_path / name, TokenizeOptions(seed=seed))
+        train, held_out = documents_of(done.corpus, loaded)
+        orders.append([TEXTS.index(text) for text in train + held_out])
+    assert orders[0] == orders[1] != orders[2]
+    # Written down: with another version of NumPy or of this program the folder must not become another.
+    assert orders[0][:6] == [42, 19, 8, 41, 50, 23]
+
+
+@pytest.mark.parametrize(
+    ("documents", "fraction", "wanted"),
+    [(1, 0.5, 0), (2, 0.01, 1), (2, 0.0, 0), (100, 0.01, 1), (101, 0.01, 2), (100, 0.07, 7), (100, 0.29, 29),
+     (3, 0.999, 2), (1_000_000, 0.001, 1000), (10, 1e-9, 1)],
+)  # fmt: skip
+def test_how_many_are_held_out(documents: int, fraction: float, wanted: int) -> None:
+    assert num_held_out(documents, fraction) == wanted
+
+
+def test_one_document_is_trained_on_and_the_held_out_shard_is_its_opening_token(
+    byte_tokenizer: Path, tmp_path: Path
+) -> None:
+    source = write_source(tmp_path / "one.jsonl", ["alone"])
+    corpus = tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions()).corpus
+    assert documents_of(corpus, load_tokenizer(byte_tokenizer)) == (["alone"], [])
+    assert corpus.held_out.tokens(0, 1).tolist() == [0]
+    assert corpus.held_out_bytes.tolist() == [0]
+
+
+def test_all_kinds_of_sources_go_into_one_corpus(byte_tokenizer: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes("\ufeffmarked\r\n".encode())
+    (folder / "b.md").write_text("# head", encoding="utf-8")
+    (folder / "c.py").write_bytes("# coding: latin-1\nx = 'é'".encode("latin-1"))
+    write_source(folder / "d.jsonl", ["line one", "line two"])
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n'))
+    pq.write_table(pa.table({"text": ["row"]}), folder / "f.parquet")
+    (folder / "g.csv").write_text("x", encoding="utf-8")
+    done = tokenize_corpus([folder], byte_tokenizer, tmp_path / "out", TokenizeOptions(held_out=0.0))
+    train, held_out = documents_of(done.corpus, load_tokenizer(byte_tokenizer))
+    assert held_out == []
+    wanted = ["marked\r\n", "# head", "# coding: latin-1\nx = 'é'", "line one", "line two", "packed", "row"]
+    assert sorted(train) == sorted(wanted)
+    assert done.unread == (folder / "g.csv",)
+    assert [Path(record.file).name[0] for record in done.corpus.manifest.sources] == list("abcdef")
+
+
+def test_empty_and_bad_documents_are_counted(byte_tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "mixed.jsonl"
+    source.write_bytes(b'{"text": ""}\n{"text": "x"}\n{"text": " \\n\\u00a0"}\n{"text": "\xff"}\n{"text": "y"}\n')
+    with pytest.raises(UserError, match=r"mixed\.jsonl:4 is not UTF-8"):
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mixed.jsonl"]
+    done = tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(skip_bad=True))
+    assert done.bad == (f"{source}:4 is not UTF-8: invalid start byte (byte 0xff)",)
+    manifest = done.corpus.manifest
+    assert (manifest.num_skipped_empty, manifest.num_skipped_bad) == (2, 1)
+    assert manifest.train.num_documents + manifest.held_out.num_documents == 2
+
+
+def test_a_corpus_without_text_is_refused(byte_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text("no\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"hold no text \(2 files, 1 empty documents, 1 that cannot be read") as caught:
+        options = TokenizeOptions(skip_bad=True)
+        tokenize_corpus([tmp_path / "empty.txt", tmp_path / "bad.jsonl"], byte_tokenizer, tmp_path / "out", options)
+    assert caught.value.hint is not None
+    assert "bad.jsonl:1 is not JSON" in caught.value.hint
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.jsonl", "empty.txt"]
+
+
+def test_what_was_done_is_used_again_and_what_differs_is_told(
+    source: Path, byte_tokenizer: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def run(sources: list[Path] = [source], tokenizer: Path = byte_tokenizer, **options: Any) -> Any:  # noqa: B006
+        overwrite = options.pop("overwrite", False)
+        end = options.pop("end_of_document", None)
+        return tokenize_corpus(sources, tokenizer, out, TokenizeOptions(**options), end, overwrite)
+
+    run()
+    before = snapshot(out)
+    again = run()
+    assert again.reused
+    assert again.corpus.manifest.train.num_documents == 59
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_bytes(source.read_bytes())
+    assert run([renamed]).reused  # the same text under another name
+
+    other = write_source(tmp_path / "other.jsonl", ["more"])
+    loud = tmp_path / "loud.json"
+    loud.write_bytes(byte_tokenizer.read_bytes() + b"\n")
+    for arguments, told in (
+        ({"seed": 1}, "  seed: 0 -> 1"),
+        ({"held_out": 0.1, "skip_bad": True}, "  held_out: 0.01 -> 0.1\n  skip_bad: false -> true"),
+        ({"sources": [source, other]}, f"  sources: {other} was not among them"),
+        ({"sources": [other]}, f"  sources: {source} is no longer among them"),
+        ({"tokenizer": loud}, "  tokenizer sha256: "),
+        ({"end_of_document": "!"}, "  tokenizer end_of_document: <|endoftext|> -> !"),
+    ):
+        with pytest.raises(UserError, match="exists and was made otherwise") as caught:
+            run(**arguments)
+        assert told in caught.value.message
+        assert caught.value.hint is not None
+        assert "--overwrite" in caught.value.hint
+    write_source(source, [*TEXTS, "one more"])
+    with pytest.raises(UserError, match=r"corpus\.jsonl has changed"):
+        run()
+    assert snapshot(out) == before
+    assert run(overwrite=True).corpus.manifest.train.num_documents == 60
+    assert snapshot(out) != before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_a_folder_of_tokens_is_ever_replaced(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    tokenize_corpus([source], byte_tokenizer, out, TokenizeOptions())  # an empty folder may be filled
+    (out / "notes.md").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for place in (out, tmp_path, tmp_path / "file"):
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="exists and is not a folder of tokens"):
+                tokenize_corpus([source], byte_tokenizer, place, TokenizeOptions(seed=9), overwrite=overwrite)
+    assert (out / "notes.md").read_text() == (tmp_path / "file").read_text() == "mine"
+    open_token_corpus(out)
+
+
+def test_a_damaged_folder_is_named_and_may_be_made_anew(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    whole = snapshot(tmp_path / "out")
+    shard = tmp_path / "out" / "train.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"train\.bin has .* bytes where the manifest says") as caught:
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    assert caught.value.hint == "--overwrite makes the folder anew"
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), overwrite=True)
+    assert snapshot(tmp_path / "out") == whole
+
+
+def test_a_link_is_kept_and_its_folder_replaced(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "tokens")
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(seed=1), overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    assert open_token_corpus(tmp_path / "disk" / "tokens").manifest.options.seed == 1
+
+
+def test_an_end_token_that_a_text_can_spell_is_refused(byte_tokenizer: Path, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a.jsonl", ["fine", "oh!"])
+    with pytest.raises(UserError, match=r"a\.jsonl:2 holds ! as text, and the tokenizer takes it for the token"):
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), end_of_document="!")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_large_vocabulary_takes_four_bytes(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    parts = json.loads(byte_tokenizer.read_bytes())
+    parts["model"]["vocab"]["far"] = 65_535
+    (tmp_path / "large.json").write_text(json.dumps(parts), encoding="utf-8")
+    corpus = tokenize_corpus([source], tmp_path / "large.json", tmp_path / "out", TokenizeOptions()).corpus
+    assert (corpus.vocab_size, corpus.manifest.dtype, corpus.train.dtype) == (65_536, "int32", np.int32)
+    train, held_out = documents_of(corpus, load_tokenizer(tmp_path / "large.json"))
+    assert sorted(train + held_out) == sorted(TEXTS)
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseException]]:
+    """An error that comes up while documents are encoded, after the first batch."""
+    errors: list[BaseException] = []
+    encode = LoadedTokenizer.encode_batch
+    calls = []
+
+    def encode_once(self: LoadedTokenizer, texts: list[str]) -> Any:
+        calls.append(texts)
+        if len(calls) > 1:
+            raise errors[0]
+        return encode(self, texts)
+
+    monkeypatch.setattr(LoadedTokenizer, "encode_batch", encode_once)
+    yield errors
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
+def test_nothing_is_left_of_what_was_interrupted(
+    source: Path, byte_tokenizer: Path, tmp_path: Path, interrupted: list[BaseException], error: BaseException
+) -> None:
+    interrupted.append(error)
+    with pytest.raises(type(error)):
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), batch_characters=100)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl"]
+
+
+def test_what_a_killed_process_left_is_cleared_away(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    (partial / "folder").mkdir(parents=True)
+    (tmp_path / ".out.lock").touch()
+    (partial / "in_source_order.bin").write_bytes(b"half")
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*DATA_FILES, "manifest.json"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
+
+
+def test_a_folder_that_another_process_writes_is_refused(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    with (tmp_path / ".out.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="out is being written by another process"):
+            tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+        assert (tmp_path / ".out.lock").exists()
+        assert not (tmp_path / ".out.partial").exists()
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(
+    source: Path, byte_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full.bin").symlink_to("/dev/full")
+    monkeypatch.setattr(module, "TokenShardWriter", lambda prefix, dtype: TokenShardWriter(tmp_path / "full", dtype))
+    with pytest.raises(UserError, match="out cannot be written: no space left on device") as caught:
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    assert caught.value.hint == "nothing was kept of it; make room and run again"
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"out cannot be written: file exists \(.*corpus\.jsonl\)"):
+        tokenize_corpus([source], byte_tokenizer, source / "out", TokenizeOptions())
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the books of ../shared/data are not here")
+def test_real_books_come_back_as_their_own_bytes(tmp_path: Path) -> None:
+    """GPT-NeoX normalises to NFC, so that a text comes back as its NFC form."""
+    import unicodedata
+
+    wanted = []
+    with gzip.open(DATA / "pretrain" / "tldr_multilingual.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for _, line in zip(range(3000), lines, strict=False):
+            wanted.append(json.loads(line)["text"])
+    source = write_source(tmp_path / "some.jsonl", wanted)
+    tokenizer = DATA / "tokenizers" / "gpt_neox_20b" / "20B_tokenizer.json"
+    corpus = tokenize_corpus([source], tokenizer, tmp_path / "out", TokenizeOptions()).corpus
+    loaded = load_tokenizer(tokenizer)
+    read = [
+        loaded.decode(shard.tokens(int(start) + 0, int(start) + int(length) - 1).tolist())
+        for shard in (corpus.train, corpus.held_out)
+        for start, length in zip(shard.document_starts, shard.document_lengths, strict=True)
+    ]
+    assert sorted(read) == sorted([unicodedata.normalize("NFC", text) for text in wanted] + ["", ""])
+    total = int(corpus.train_bytes.sum() + corpus.held_out_bytes.sum())
+    assert total == sum(len(text.encode()) for text in wanted)
+
+
+def test_a_source_that_grows_under_way_is_refused(
+    source: Path, byte_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = module.record_sources
+
+    def digest_then_append(files: Any) -> Any:
+        records = digest(files)
+        with source.open("a") as file:
+            file.write('{"text": "late"}\n')
+        return records
+
+    monkeypatch.setattr(module, "record_sources", digest_then_append)
+    with pytest.raises(UserError, match=r"corpus\.jsonl was changed while it was being read"):
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    assert not (tmp_path / "out").exists()
