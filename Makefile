@@ -25,7 +25,9 @@ demo: $(VENV)/.installed
 	$(RUN) tokenize $(DEMO)/corpus.jsonl --tokenizer $(DEMO)/tokenizer.json --out $(DEMO)/shards
 	$(RUN) pretrain demo --run $(DEMO)/run
 	$(RUN) evaluate $(DEMO)/run --json $(DEMO)/evaluation.json
-	{ printf 'def '; $(RUN) generate $(DEMO)/run --prompt 'def ' --seed 1; } | tee $(DEMO)/sample.py
+	@printf 'def ' > $(DEMO)/sample.py
+	$(RUN) generate $(DEMO)/run --prompt 'def ' --seed 1 >> $(DEMO)/sample.py
+	@cat $(DEMO)/sample.py
 	$(RUN) export $(DEMO)/run $(DEMO)/export --format transformers
 	@echo
 	@echo 'The demo is done. What lies where:'
@@ -33,7 +35,7 @@ demo: $(VENV)/.installed
 	@echo '  $(DEMO)/tokenizer.json    the tokenizer trained on it'
 	@echo '  $(DEMO)/shards/           its tokens, a part held out'
 	@echo '  $(DEMO)/run/              the run: recipe, log.jsonl, loss.png, checkpoints'
-	@echo '  $(DEMO)/evaluation.json  its held-out loss, in bits per byte too'
+	@echo '  $(DEMO)/evaluation.json   its held-out loss, in bits per byte too'
 	@echo '  $(DEMO)/sample.py         code that the model wrote'
 	@echo '  $(DEMO)/export/           the weights, as AutoModelForCausalLM opens them'
 	@echo 'docs/first_run.md explains each step, and how to train on text of your own.'

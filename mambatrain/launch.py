@@ -42,6 +42,7 @@ def launch_workers(arguments: list[str], num_processes: int, stopped_marker: Pat
 
     environment = dict(os.environ)
     environment[WORKER_VARIABLE] = "1"
+    environment["PYTHONSAFEPATH"] = "1"  # `-m` would put the working folder first: its `kernels/` is no package of ours
     # torchrun would give every process one thread.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     command = [sys.executable, "-m", "mambatrain.launch", f"--nproc-per-node={num_processes}", "--standalone"]

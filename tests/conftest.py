@@ -117,8 +117,21 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny")
     library = Path(os.__file__).parent
-    names = ("bisect", "calendar", "cmd", "colorsys", "copy", "csv", "dis", "fnmatch", "glob", "heapq", "imghdr", "queue")
-    sources = [library / f"{name}.py" for name in names if (library / f"{name}.py").is_file()]
+    names = [
+        "bisect",
+        "calendar",
+        "cmd",
+        "colorsys",
+        "copy",
+        "csv",
+        "dis",
+        "fnmatch",
+        "glob",
+        "heapq",
+        "queue",
+        "sched",
+    ]
+    sources = [library / f"{name}.py" for name in names]
     train_tokenizer(sources, folder / "tokenizer.json", TokenizerSettings(vocab_size=512, sample_bytes=1_000_000))
     tokenize_corpus(sources, folder / "tokenizer.json", folder / "shards", TokenizeOptions(held_out=0.2))
     return folder / "shards"

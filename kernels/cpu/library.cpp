@@ -4,5 +4,5 @@
 
 ParallelRegion parallel_region = nullptr;
 
-extern "C" void set_parallel_region(ParallelRegion region) { parallel_region = region; }
-extern "C" int64_t vector_width() { return WIDTH; }
+extern "C" EXPORT void set_parallel_region(ParallelRegion region) { parallel_region = region; }
+extern "C" EXPORT int64_t vector_width() { return WIDTH; }

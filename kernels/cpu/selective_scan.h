@@ -4,11 +4,7 @@
 // is cut into chunks: forward keeps the state at the entry of each, backward recomputes what lies between.
 #pragma once
 
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-
-#include "simd.h"
+#include "memory.h"
 
 #ifndef CH
 #define CH 32
@@ -16,24 +12,7 @@
 constexpr int CHUNK = CH;  // positions
 constexpr int STATES_STEP = 8;   // the number of states is padded to a multiple of this with A = B = C = 0
 
-// A tensor (rows, length, size) whose last dimension is contiguous; strides count elements.
-struct View {
-    void* data;  // null: absent
-    Dtype dtype;
-    int64_t row_stride, time_stride;
-
-    INLINE Floats at(int64_t row, int64_t t, int64_t channel, int count) const {
-        return load(data, dtype, row * row_stride + t * time_stride + channel, count);
-    }
-    INLINE void put(int64_t row, int64_t t, int64_t channel, int count, Floats x) const {
-        store(data, dtype, row * row_stride + t * time_stride + channel, count, x);
-    }
-    INLINE float one(int64_t row, int64_t t, int64_t i) const {
-        int64_t offset = row * row_stride + t * time_stride + i;
-        return dtype == FP32 ? static_cast<const float*>(data)[offset]
-                             : widen_one(static_cast<const uint16_t*>(data)[offset]);
-    }
-};
+constexpr int MAX_STATES = 256;
 
 // Mirrored by ctypes in mambatrain/ops/native/selective_scan.py: the same fields in the same order.
 struct ScanArguments {
@@ -73,21 +52,6 @@ struct ScanArguments {
         return entries + ((row * vectors() + vector) * chunks() + chunk) * padded_states() * WIDTH;
     }
 };
-
-struct Free {
-    void operator()(void* p) const { std::free(p); }
-};
-
-template <class T>
-using Array = std::unique_ptr<T[], Free>;
-
-template <class T>
-Array<T> allocate(int64_t count) {
-    int64_t bytes = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    void* p = std::aligned_alloc(64, bytes ? bytes : 64);
-    if (!p) std::abort();
-    return Array<T>(static_cast<T*>(p));
-}
 
 // The positions of one chunk that all channels share, in fp32 and padded to STATES_STEP.
 struct SharedInputs {
@@ -134,5 +98,3 @@ INLINE void scatter_states(const Floats* from, float* to, int64_t vector, const 
     for (int lane = 0; lane < args.lanes(vector); ++lane)
         for (int64_t n = 0; n < args.states; ++n) to[(vector * WIDTH + lane) * args.states + n] = from[n][lane];
 }
-
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;

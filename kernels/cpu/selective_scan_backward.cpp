@@ -4,7 +4,7 @@
 namespace {
 
 #ifndef VE
-#define VE (WIDTH == 16 ? 4 : 2)
+#define VE 2
 #endif
 #ifndef ST
 #define ST 4
@@ -114,7 +114,7 @@ struct BackwardWorker {
         for (int v = 0; v < VECTORS; ++v) write_channels(row, chunk, first + v, v);
     }
 
-    void read_channels(int64_t row, int64_t chunk, int64_t vector, int v) {
+    __attribute__((noinline)) void read_channels(int64_t row, int64_t chunk, int64_t vector, int v) {
         const int64_t channel = vector * WIDTH;
         const int lanes = args.lanes(vector);
         for (int t = 0; t < args.chunk_length(chunk); ++t) {
@@ -125,14 +125,14 @@ struct BackwardWorker {
                 raw = args.dt.at(row, position, channel, lanes) + bias[v];
                 if (args.grad_out.data) g = args.grad_out.at(row, position, channel, lanes);
             }
-            Softplus delta = softplus(raw);
+            Floats dt = softplus(raw, exp2);
             in.u[v][t] = u;
-            in.dt[v][t] = delta.value;
-            in.slope[v][t] = delta.slope;
-            in.dt_u[v][t] = delta.value * u;
+            in.dt[v][t] = dt;
+            in.slope[v][t] = sigmoid(raw, exp2);
+            in.dt_u[v][t] = dt * u;
             if (args.z.data) {
                 Floats z = lanes > 0 ? args.z.at(row, position, channel, lanes) : Floats{};
-                Floats s = sigmoid(z);
+                Floats s = sigmoid(z, exp2);
                 in.dz_over_y[v][t] = g * s * (1.0f + z * (1.0f - s));
                 g *= z * s;
             }
@@ -142,7 +142,7 @@ struct BackwardWorker {
         }
     }
 
-    INLINE void recompute(int length, int64_t first, int v) {
+    __attribute__((noinline)) void recompute(int length, int64_t first, int v) {
         Floats h[STATES], rate[STATES];
         for (int n = 0; n < STATES; ++n) h[n] = entry[v * padded + first + n], rate[n] = A2[v * padded + first + n];
         for (int n = 0; n < STATES; ++n) states.h[0][n][v] = h[n];
@@ -170,32 +170,33 @@ struct BackwardWorker {
                           Floats (&gA)[STATES][VECTORS], float* to) {
         const float* B = &shared.B[t * padded + first];
         const float* C = &shared.C[t * padded + first];
-        Floats dB[STATES] = {}, dC[STATES] = {};
-#pragma GCC unroll 16
+        Floats gy[VECTORS], dt[VECTORS], dt_u[VECTORS], q1[VECTORS], q2[VECTORS], dBC[2 * STATES];
         for (int v = 0; v < VECTORS; ++v) {
-            Floats gy = in.gy[v][t], dt = in.dt[v][t], dt_u = in.dt_u[v][t], q1 = in.q1[v][t], q2 = in.q2[v][t];
+            gy[v] = in.gy[v][t], dt[v] = in.dt[v][t], dt_u[v] = in.dt_u[v][t];
+            q1[v] = in.q1[v][t], q2[v] = in.q2[v][t];
+        }
 #pragma GCC unroll 16
-            for (int n = 0; n < STATES; ++n) {
-                d[n][v] += gy * C[n];
-                dC[n] += gy * states.h[t + 1][n][v];
-                dB[n] += d[n][v] * dt_u;
-                q1 += d[n][v] * B[n];
+        for (int n = 0; n < STATES; ++n) {
+            Floats dB = {}, dC = {};
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; ++v) {
+                d[n][v] += gy[v] * C[n];
+                dC += gy[v] * states.h[t + 1][n][v];
+                dB += d[n][v] * dt_u[v];
+                q1[v] += d[n][v] * B[n];
                 d[n][v] = STARTS ? Floats{} : d[n][v] * states.decay[t][n][v];
                 if (STARTS) continue;
                 Floats k = d[n][v] * states.h[t][n][v];
-                gA[n][v] += k * dt;
-                q2 += k * rate[n][v];
+                gA[n][v] += k * dt[v];
+                q2[v] += k * rate[n][v];
             }
-            in.q1[v][t] = q1;
-            in.q2[v][t] = q2;
+            dBC[n] = dB, dBC[STATES + n] = dC;
         }
-        for (int n = 0; n < STATES; n += 4) {
-            add_lane_sums(dB + n, to + n);
-            add_lane_sums(dC + n, to + padded + n);
-        }
+        for (int v = 0; v < VECTORS; ++v) in.q1[v][t] = q1[v], in.q2[v][t] = q2[v];
+        for (int n = 0; n < 2 * STATES; n += 4) add_lane_sums(dBC + n, to + n);
     }
 
-    INLINE void reverse(int length, int64_t first, float* dBC) {
+    __attribute__((noinline)) void reverse(int length, int64_t first, float* dBC) {
         Floats d[STATES][VECTORS];
         for (int n = 0; n < STATES; ++n)
             for (int v = 0; v < VECTORS; ++v) d[n][v] = adjoint[v * padded + first + n];
@@ -204,7 +205,7 @@ struct BackwardWorker {
             for (int v = 0; v < VECTORS; ++v)
                 rate[n][v] = A2[v * padded + first + n], gA[n][v] = dA[v * padded + first + n];
         for (int t = length - 1; t >= 0; --t) {
-            float* to = dBC + t * 2 * padded + first;
+            float* to = dBC + 2 * (t * padded + first);
             if (shared.starts[t])
                 step_back<true>(t, first, d, rate, gA, to);
             else
@@ -215,7 +216,7 @@ struct BackwardWorker {
                 adjoint[v * padded + first + n] = d[n][v], dA[v * padded + first + n] = gA[n][v];
     }
 
-    void write_channels(int64_t row, int64_t chunk, int64_t vector, int v) {
+    __attribute__((noinline)) void write_channels(int64_t row, int64_t chunk, int64_t vector, int v) {
         const int64_t channel = vector * WIDTH;
         const int lanes = args.lanes(vector);
         if (lanes <= 0) return;
@@ -236,22 +237,28 @@ struct BackwardWorker {
 };
 
 // dB and dC of some positions: the groups' sums, in their order.
-void sum_groups(const ScanArguments& args, const float* partial_BC, int64_t row, int64_t begin, int64_t end) {
+__attribute__((noinline)) void sum_groups(const ScanArguments& args, const float* partial_BC, int64_t row,
+                                          int64_t begin, int64_t end) {
     const int64_t padded = args.padded_states(), groups = num_groups(args);
-    for (int64_t t = begin; t < end; ++t)
-        for (int64_t n = 0; n < 2 * padded; n += WIDTH) {
-            const int count = 2 * padded - n < WIDTH ? int(2 * padded - n) : WIDTH;
-            Floats sum = {};
-            for (int64_t group = 0; group < groups; ++group)
-                sum += load(partial_BC, FP32, ((row * groups + group) * args.length + t) * 2 * padded + n, count);
-            for (int lane = 0; lane < count; ++lane) {
-                const int64_t index = n + lane, state = index % padded;
-                if (state >= args.states) continue;
-                const View& view = index < padded ? args.dB : args.dC;
-                Floats one = broadcast(sum[lane]);
-                view.put(row, t, state, 1, one);
+    float sums[2 * MAX_STATES];
+    for (int64_t t = begin; t < end; ++t) {
+        for (int64_t n = 0; n < 2 * padded; n += STATES_STEP) {
+            float sum[STATES_STEP] = {};
+            for (int64_t group = 0; group < groups; ++group) {
+                const float* partial = partial_BC + ((row * groups + group) * args.length + t) * 2 * padded + n;
+                for (int i = 0; i < STATES_STEP; ++i) sum[i] += partial[i];
+            }
+            for (int i = 0; i < STATES_STEP; ++i) {  // STATES of dB, STATES of dC, and again
+                const int64_t index = n + i, state = index / (2 * STATES) * STATES + index % STATES;
+                sums[index / STATES % 2 * padded + state] = sum[i];
             }
         }
+        for (int64_t n = 0; n < args.states; n += WIDTH) {
+            const int count = args.states - n < WIDTH ? int(args.states - n) : WIDTH;
+            args.dB.put(row, t, n, count, load(sums, FP32, n, count));
+            args.dC.put(row, t, n, count, load(sums, FP32, padded + n, count));
+        }
+    }
 }
 
 // dA, dD and the bias's gradient of one vector of channels: the rows' sums, in their order.
@@ -272,7 +279,7 @@ void sum_rows(const ScanArguments& args, const float* partial_A, const float* pa
 
 }  // namespace
 
-extern "C" void selective_scan_backward(const ScanArguments* arguments) {
+extern "C" EXPORT void selective_scan_backward(const ScanArguments* arguments) {
     const ScanArguments& args = *arguments;
     const int64_t padded = args.padded_states(), threads = args.num_threads;
     Array<float> partial_BC = allocate<float>(args.rows * num_groups(args) * args.length * 2 * padded);

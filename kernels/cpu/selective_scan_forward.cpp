@@ -7,7 +7,7 @@ constexpr int VECTORS_PER_ITEM = 256 / (4 * WIDTH);  // 256 bytes of each positi
 
 // One chunk of one vector of channels.
 struct ChannelInputs {
-    Floats u[CHUNK], dt[CHUNK], dt_u[CHUNK], y[CHUNK];
+    Floats dt[CHUNK], dt_u[CHUNK], y[CHUNK];
 };
 
 // h = 2^(dt A2) h + dt u B;  y += C h, for NUM states from `h` on.
@@ -74,10 +74,11 @@ struct ForwardWorker {
         Floats bias = args.dt_bias ? load(args.dt_bias, FP32, channel, lanes) : Floats{};
         Floats D = args.D ? load(args.D, FP32, channel, lanes) : Floats{};
         for (int t = 0; t < length; ++t) {
-            in.u[t] = args.u.at(row, begin + t, channel, lanes);
-            in.dt[t] = softplus(args.dt.at(row, begin + t, channel, lanes) + bias).value;
-            in.dt_u[t] = in.dt[t] * in.u[t];
-            in.y[t] = args.D ? D * in.u[t] : Floats{};
+            Floats u = args.u.at(row, begin + t, channel, lanes);
+            Floats dt = softplus(args.dt.at(row, begin + t, channel, lanes) + bias, exp2);
+            in.dt[t] = dt;
+            in.dt_u[t] = dt * u;
+            in.y[t] = D * u;
         }
         int64_t n = 0;
         for (; n + 16 <= padded; n += 16) advance<16>(length, shared, n, A2 + n, h + n, in, exp2);
@@ -86,7 +87,7 @@ struct ForwardWorker {
             Floats y = in.y[t];
             if (args.z.data) {
                 Floats z = args.z.at(row, begin + t, channel, lanes);
-                y *= z * sigmoid(z);
+                y *= z * sigmoid(z, exp2);
             }
             args.out.put(row, begin + t, channel, lanes, y);
         }
@@ -95,7 +96,7 @@ struct ForwardWorker {
 
 }  // namespace
 
-extern "C" void selective_scan_forward(const ScanArguments* args) {
+extern "C" EXPORT void selective_scan_forward(const ScanArguments* args) {
     int64_t groups = (args->vectors() + VECTORS_PER_ITEM - 1) / VECTORS_PER_ITEM;
     share(args->rows * groups, args->num_threads, [=] { return ForwardWorker(*args); });
 }

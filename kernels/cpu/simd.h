@@ -20,6 +20,7 @@ constexpr int WIDTH = 4;
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
@@ -100,34 +101,19 @@ INLINE void store(void* base, Dtype dtype, int64_t offset, int count, Floats x) 
 // ---- exponentials
 
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves x, rounded to an integer, in the low bits
+constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.92596299e-8f, LN_2 = 0.693147181f;
 
-// e^x for x <= 0 to 1e-7 relative; exactly 0 below -87.7. The argument is reduced in two parts, so that the error does
-// not grow with |x|.
-INLINE Floats exp_negative(Floats x) {
-    x = larger(x, broadcast(-88.0f));
-    Floats shifted = x * 1.44269504f + (ROUND + 127.0f);
-    Floats n = shifted - (ROUND + 127.0f);
-    Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + (r + 1.0f);
-    return p * from_bits(bits(shifted) << 23);
-}
-
-// 2^x for x <= 0 to 1.2e-7 relative, the one that runs per state and position; below 2^-126 it returns about 2^-126.
-// x = n / ENTRIES + r: 2^(n / ENTRIES) comes from a table in a register and the exponent field, 2^r from a polynomial
-// whose slope at 0 is exact, since a bias there would add up over thousands of positions.
+// 2^x for x <= 0 to 1.2e-7 relative; below 2^-126 about 2^-126.
+//
+// x = n / ENTRIES + r: 2^(n / ENTRIES) comes from a table in a register and the exponent field, 2^r from a polynomial.
+// It is exact at r = 0 and so is its slope: a bias there would add up over the thousands of positions that a slowly
+// decaying state lives.
 struct Exp2 {
 #if defined(__AVX2__)
     static constexpr int ENTRIES = WIDTH, ENTRY_BITS = WIDTH == 16 ? 4 : 3;
-    static constexpr float SHIFT = ROUND / ENTRIES;
     Ints table;
 
-    Exp2() {  // 2^(j / ENTRIES), less j where the exponent field will be added
+    Exp2() {  // 2^(j / ENTRIES), less j where it will be added along with the exponent
         for (int j = 0; j < ENTRIES; ++j) {
             float entry = __builtin_exp2f(float(j) / ENTRIES);
             int32_t word;
@@ -135,59 +121,76 @@ struct Exp2 {
             table[j] = word - (j << (23 - ENTRY_BITS));
         }
     }
+#else
+    static constexpr int ENTRIES = 1;
+#endif
+    static constexpr float SHIFT = ROUND / ENTRIES;
 
-    INLINE Floats operator()(Floats x) const {
-        x = larger(x, broadcast(-126.0f));
-        Floats shifted = x + SHIFT;
-        Floats r = x - (shifted - SHIFT);
+    // 2^(n / ENTRIES + r), with n in the low bits of `shifted`
+    INLINE Floats power(Floats shifted, Floats r) const {
 #if defined(__AVX512F__)
         Ints entry = (Ints)_mm512_permutexvar_epi32((__m512i)bits(shifted), (__m512i)table);
         Floats p = (r * 0.05550595f + 0.24023429f) * r + 0.6931472f;
-#else
+#elif defined(__AVX2__)
         Ints entry = (Ints)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)bits(shifted));
         Floats p = (r * 0.055511475f + 0.24025764f) * r + 0.6931472f;
+#else
+        constexpr int ENTRY_BITS = 0;
+        Ints entry = bits(broadcast(1.0f));
+        Floats p = r * 0.00015476301f + 0.001340027f;
+        p = p * r + 0.009618004f;
+        p = p * r + 0.05550328f;
+        p = p * r + 0.2402265f;
+        p = p * r + 0.6931472f;
 #endif
         Floats power = from_bits(entry + (bits(shifted) << (23 - ENTRY_BITS)));
         return power * (p * r) + power;
     }
-#else
+
     INLINE Floats operator()(Floats x) const {
         x = larger(x, broadcast(-126.0f));
-        Floats shifted = x + (ROUND + 127.0f);
-        Floats r = x - (shifted - (ROUND + 127.0f));
-        Floats p = r * 0.0013407259f + 0.009671875f;
-        p = p * r + 0.055503085f;
-        p = p * r + 0.24022235f;
-        p = p * r + 0.69314724f;
-        return (p * r + 1.0f) * from_bits(bits(shifted) << 23);
+        Floats shifted = x + SHIFT;
+        return power(shifted, x - (shifted - SHIFT));
     }
+
+    // e^x for x <= 0: the logarithm's base is changed in two parts, so that the error does not grow with |x|.
+    INLINE Floats exp(Floats x) const {
+        x = larger(x, broadcast(-87.0f));
+        Floats shifted = x * LOG2_E + SHIFT;
+        return power(shifted, (x * LOG2_E - (shifted - SHIFT)) + x * LOG2_E_REST);
+    }
+};
+
+INLINE Floats reciprocal(Floats x) {
+#if defined(__AVX512F__)
+    Floats y = _mm512_rcp14_ps(x);
+    return y * (2.0f - x * y);
+#else
+    return 1.0f / x;
 #endif
-};
+}
 
-struct Softplus {
-    Floats value;  // log(1 + e^x)
-    Floats slope;  // its derivative, 1 / (1 + e^-x)
-};
+INLINE Floats choose(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 
-// Of both signs by e = exp(-|x|): softplus(x) = max(x, 0) + log1p(e), log1p(e) = 2 atanh(s) with s = e / (2 + e).
-// Beyond x = 20, where torch takes x itself, e is below half a unit in the last place of x and of 1: the same numbers.
-INLINE Softplus softplus(Floats x) {
-    Floats e = exp_negative(-absolute(x));
-    Floats s = e / (2.0f + e);
+// 1 / (1 + e^-x) by e = exp(-|x|)
+INLINE Floats sigmoid(Floats x, const Exp2& exp2) {
+    Floats e = exp2.exp(-absolute(x));
+    Floats positive = reciprocal(1.0f + e);
+    return choose(x < 0.0f, e * positive, positive);
+}
+
+// log(1 + e^x) = max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(s), s = e / (2 + e). Beyond x = 20, where torch
+// takes x itself and 1 for the slope, e is below half a unit in the last place of both: the same numbers.
+INLINE Floats softplus(Floats x, const Exp2& exp2) {
+    Floats e = exp2.exp(-absolute(x));
+    Floats s = e * reciprocal(2.0f + e);
     Floats s2 = s * s;
     Floats p = broadcast(0.14012229f);
     p = p * s2 + 0.13999571f;
     p = p * s2 + 0.2001085f;
     p = p * s2 + 0.33333207f;
-    Floats log1p = 2.0f * s + (2.0f * s) * (s2 * p);
-    Floats slope = 1.0f / (1.0f + e);
-    return {larger(x, Floats{}) + log1p, x < 0.0f ? e * slope : slope};
-}
-
-INLINE Floats sigmoid(Floats x) {
-    Floats e = exp_negative(-absolute(x));
-    Floats slope = 1.0f / (1.0f + e);
-    return x < 0.0f ? e * slope : slope;
+    Floats twice = s + s;
+    return larger(x, Floats{}) + (twice * (s2 * p) + twice);
 }
 
 // ---- sums over the lanes
@@ -217,11 +220,9 @@ INLINE void add_lane_sums(const Floats x[4], float* to) {
     Floats abcd = shuffle(ab, cd, even) + shuffle(ab, cd, odd);  // a b c d ...
     for (int block = WIDTH / 2; block >= 4; block /= 2)
         abcd += shuffle(abcd, abcd, [=](int i) { return (i + block) % WIDTH; });
-    float old[4];
-    std::memcpy(old, to, sizeof old);
     typedef float Four __attribute__((vector_size(16)));
     Four sum, before;
-    std::memcpy(&before, old, sizeof before);
+    std::memcpy(&before, to, sizeof before);
     std::memcpy(&sum, &abcd, sizeof sum);
     sum += before;
     std::memcpy(to, &sum, sizeof sum);

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ from mambatrain.cli.train import finetune, pretrain
 from mambatrain.errors import UserError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+SECONDS_BEFORE_OTHER_PROCESSES_SPEAK = 5
 
 app = typer.Typer(
     name="mambatrain",
@@ -66,6 +68,9 @@ def main() -> None:
         finally:
             sys.stdout.flush()  # here, where a reader that has gone away (`| head`) can still be caught
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # Where the first process stumbles over the same thing, torchrun ends this one before it says it again.
+            time.sleep(SECONDS_BEFORE_OTHER_PROCESSES_SPEAK)
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"\nhint: {error.hint}", file=sys.stderr)

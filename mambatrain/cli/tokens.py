@@ -121,8 +121,9 @@ def token_summary(manifest: TokenManifest, out: str) -> list[str]:
 def _tell_left_out(unread: Sequence[Path], bad: Sequence[str], num_bad: int) -> None:
     """Names on stderr what was found and not used."""
     if unread:
-        named = ", ".join(str(path) for path in unread[:3]) + (", ..." if len(unread) > 3 else "")
-        print(f"note: {len(unread)} files have endings that are not read: {named}", file=sys.stderr)
+        named = ", ".join(str(path) for path in unread[:3])
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        print(f"note: not read, because of the ending: {named}{more}", file=sys.stderr)
     for line in bad:
         print(f"skipped: {line}", file=sys.stderr)
     if num_bad > len(bad) > 0:

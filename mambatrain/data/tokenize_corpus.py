@@ -206,7 +206,7 @@ def _check_ids(ids: NDArray[np.int32], loaded: LoadedTokenizer, document: Docume
 
 
 def _empty_corpus(sources: Sources, reader: DocumentReader, num_skipped_empty: int) -> UserError:
-    counts = f"{len(sources.files)} files, {num_skipped_empty} empty documents, {reader.num_bad} that cannot be read"
+    counts = f"files: {len(sources.files)}, empty documents: {num_skipped_empty}, unreadable ones: {reader.num_bad}"
     hint = f"the first: {reader.bad[0]}" if reader.bad else "name files that hold text"
     return UserError(f"the sources hold no text ({counts})", hint)
 

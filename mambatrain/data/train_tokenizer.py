@@ -128,7 +128,7 @@ def _draw_sample(sources: Sources, reader: DocumentReader, sample_bytes: int) ->
             progress.advance_to(reader.bytes_read)
     if not kept:
         hint = f"the first that cannot be read: {reader.bad[0]}" if reader.bad else "name files that hold text"
-        raise UserError(f"the sources hold no text ({len(sources.files)} files)", hint)
+        raise UserError(f"the sources hold no text (files: {len(sources.files)})", hint)
     return [passage for _, passage in sorted(kept, reverse=True)]
 
 

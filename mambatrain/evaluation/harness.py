@@ -171,8 +171,8 @@ def _with_local_data(name: str, file: Path, manager: Any) -> dict[str, Any]:
         )
     if isinstance(config.get("fewshot_config"), dict):
         config["fewshot_config"] = {**config["fewshot_config"], "split": "test"}
-    # One split alone: the file's. Few-shot examples come from it too; because the split is named for both, lm-eval leaves
-    # the question itself out of its own examples.
+    # One split alone: the file's. Few-shot examples come from it too, and because both name the same split, lm-eval
+    # leaves a question out of its own examples.
     return config | {
         "dataset_path": _reader(file),
         "dataset_name": None,

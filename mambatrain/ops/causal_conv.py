@@ -67,7 +67,7 @@ class _CausalConv(torch.autograd.Function):
             return F.silu(sums, inplace=True).to(x.dtype), window
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_window: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial_window, boundaries = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):

@@ -41,6 +41,6 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, num_groups:
     dtype = computing_dtype(y)
     with torch.autocast(y.device.type, enabled=False):
         gated = y.to(dtype) * F.silu(z.to(dtype))
-        groups = gated.unflatten(-1, (num_groups, -1))
+        groups = torch.unflatten(gated, -1, (num_groups, -1))
         normed = F.rms_norm(groups, (groups.shape[-1],), None, eps).flatten(-2)
         return (normed * weight.to(dtype)).to(y.dtype)

@@ -82,7 +82,7 @@ class _SelectiveScan(torch.autograd.Function):
         return out, state
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, D, z, dt_bias, initial_state, boundaries, *entries = ctx.saved_tensors
         with torch.autocast(u.device.type, enabled=False):
@@ -160,7 +160,7 @@ class _Scan:
 
     def run(self, initial_state: Tensor | None, keep_entries: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """out (B, L, E), final state (B, E, N), entry states (R, N, E) in the order of `_places`."""
-        out = torch.empty_like(self.u, memory_format=torch.contiguous_format)
+        out = _empty_like(self.u)
         states = self._inner_states(initial_state)
         entries = []
         for rows, span in self._places():
@@ -176,15 +176,10 @@ class _Scan:
     def run_back(self, entries: list[Tensor], grad_out: Tensor | None, grad_state: Tensor | None) -> _Gradients:
         """Every gradient; `carries` (B, N, E) hold what reaches the state behind the chunk from later positions."""
         carries = self._inner_states(grad_state)
-        grads = _Gradients(
-            *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (self.u, self.dt)),
-            torch.zeros_like(self.A),
-            *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (self.B, self.C)),
-            self.A.new_zeros(self.u.shape[2]),
-            None if self.z is None else torch.empty_like(self.z, memory_format=torch.contiguous_format),
-            self.A.new_zeros(self.u.shape[2]),
-            carries.transpose(1, 2),
-        )
+        du, ddt, dB, dC = (_empty_like(tensor) for tensor in (self.u, self.dt, self.B, self.C))
+        dz = None if self.z is None else _empty_like(self.z)
+        dD, dbias = self.A.new_zeros(2, self.A.shape[1])
+        grads = _Gradients(du, ddt, torch.zeros_like(self.A), dB, dC, dD, dz, dbias, carries.transpose(1, 2))
         for (rows, span), entry in zip(reversed(list(self._places())), reversed(entries), strict=True):
             chunk = self._chunk(rows, span)
             g = torch.zeros_like(chunk.u) if grad_out is None else grad_out[rows, span].to(self.dtype)
@@ -269,7 +264,7 @@ class _Scan:
     def _exponent_gradients(
         self, chunk: _Chunk, d: Tensor, decay: Tensor, h: Tensor, entry: Tensor, carry: Tensor
     ) -> Tensor:
-        """k, the gradient of delta A (R, q, N, E), in the memory of decay; writes what goes on to earlier chunks in carry."""
+        """k, the gradient of delta A (R, q, N, E), in the memory of decay; carry becomes that of the entry state."""
         k = decay.mul_(d)
         carry.copy_(k[:, 0])
         if 0 in chunk.starts:
@@ -281,11 +276,15 @@ class _Scan:
         return k
 
 
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def _sum_over_states(weights: Tensor, states: Tensor) -> Tensor:
     """(R, q, N), (R, q, N, E) -> (R, q, E)."""
     return torch.bmm(weights.reshape(-1, 1, weights.shape[2]), states.flatten(0, 1)).view(*states.shape[:2], -1)
 
 
 def _sum_over_channels(weights: Tensor, states: Tensor) -> Tensor:
-    """(R, q, E), (R, q, N, E) -> (R, q, N). A row times a transposed view: torch is 10 times slower on the column form."""
+    """(R, q, E), (R, q, N, E) -> (R, q, N). A row times a transposed view: the column form takes 10 times as long."""
     return torch.bmm(weights.reshape(-1, 1, weights.shape[2]), states.flatten(0, 1).mT).view(*states.shape[:2], -1)

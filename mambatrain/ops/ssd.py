@@ -57,9 +57,7 @@ def ssd(
     if boundaries is not None and not all(_is_finite(tensor) for tensor in (x, dt, B, C, initial_state)):
         # A matrix product multiplies by its mask and 0 inf is NaN; the serial form drops the state by selection.
         with torch.autocast(x.device.type, enabled=False):
-            return reference.ssd(
-                x, dt, A, B, C, D, dt_bias, boundaries=boundaries, initial_state=initial_state
-            )
+            return reference.ssd(x, dt, A, B, C, D, dt_bias, boundaries=boundaries, initial_state=initial_state)
     floats = (x, dt, A, B, C, D, dt_bias, initial_state)
     keep_entries = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in floats)
     y, state = _SSD.apply(*floats, boundaries, keep_entries)  # type: ignore[no-untyped-call]
@@ -96,7 +94,7 @@ class _SSD(torch.autograd.Function):
         return y, state
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, dt_bias, initial_state, boundaries, *entries = ctx.saved_tensors
         dtype = computing_dtype(x)
@@ -107,7 +105,7 @@ class _SSD(torch.autograd.Function):
             for (span, q), entry in zip(reversed(_segments(x)), reversed(entries), strict=True):
                 chunks = Chunks(x, dt, A, B, C, dt_bias, boundaries, span, q)
                 g = torch.zeros_like(x[:, span]) if grad_y is None else grad_y[:, span]
-                g = g.to(dtype).unflatten(1, (-1, q))
+                g = torch.unflatten(g.to(dtype), 1, (-1, q))
                 grads, carry = chunks.run_back(g, entry, carry)
                 if D is not None:
                     grads.x.addcmul_(g, D.to(dtype)[:, None])

@@ -1,7 +1,7 @@
 """The mathematics of Mamba-2's scan on K chunks of q positions of every row.
 
-Inside a chunk a head's output is a masked matrix product, y = (C B^T * M) v with v = delta x, where M[i, j] is the decay
-from j to i, and 0 where a document starts in between; what came before reaches it through the state at the entry.
+Inside a chunk a head's output is a masked matrix product, y = (C B^T * M) v with v = delta x, where M[i, j] is the
+decay from j to i, and 0 where a document starts in between; what came before is in the state at the entry.
 
 Shapes: H = G R heads in G groups that share B and C, P channels a head, N states.
 """
@@ -45,7 +45,7 @@ class Chunks:
     ) -> None:
         dtype = computing_dtype(x)
         self.A = A.to(dtype)
-        self.x, raw, B, C = (tensor[:, span].to(dtype).unflatten(1, (-1, q)) for tensor in (x, dt, B, C))
+        self.x, raw, B, C = (torch.unflatten(tensor[:, span].to(dtype), 1, (-1, q)) for tensor in (x, dt, B, C))
         self.B, self.C = B.transpose(2, 3).contiguous(), C.transpose(2, 3).contiguous()  # (B, K, G, q, N)
         self.raw = raw if dt_bias is None else raw + dt_bias.to(dtype)  # (B, K, q, H)
         self.delta = F.softplus(self.raw)
@@ -55,7 +55,7 @@ class Chunks:
         exponents = (self.delta * (self.A * math.log2(math.e))).double()
         self.document = None
         if boundaries is not None:
-            starts = boundaries[:, span].unflatten(1, (-1, q))
+            starts = torch.unflatten(boundaries[:, span], 1, (-1, q))
             self.document = starts.cumsum(2)  # (B, K, q), counted from the entry
             exponents.masked_fill_(starts[..., None], 0)
         self.sums = exponents.cumsum(2)  # (B, K, q, H)
@@ -107,18 +107,18 @@ class Chunks:
         return Gradients(dv.mul_(self.delta[..., None]), draw, dA, dB, dC), carry
 
     def _inside_back(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of what happens inside a chunk: gradients of v (B, K, H, q, P), exponents (B, K, H, q), scores (B, K, G, q, q)."""
+        """Gradients inside a chunk: of v (B, K, H, q, P), exponents (B, K, H, q) and scores (B, K, G, q, q)."""
         g, v = _heads_first(g), _heads_first(self.v)
         scores, decays = self._scores(), self._decays()
         dweights = (g @ v.mT).mul_(decays)  # (B, K, H, q, q), now of the scores
-        dscores = dweights.unflatten(2, (scores.shape[2], -1)).sum(3)
+        dscores = torch.unflatten(dweights, 2, (scores.shape[2], -1)).sum(3)
         dv = self._times_scores(decays, scores).mT @ g
         dlog = self._times_scores(dweights, scores)  # of log M[i, j]
         before = torch.ones(dlog.shape[-2:], dtype=dlog.dtype, device=dlog.device).triu_(1)  # [j < t]
         return dv, (dlog @ before).tril_().sum(-2), dscores
 
     def _pass_back(self, added: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-        """`pass_states` from the last chunk to the first; `added` (B, K, G, R P, N) is what a chunk itself asks of its entry."""
+        """`pass_states` from the last chunk to the first; `added` (B, K, G, R P, N) is from a chunk's own y."""
         added = added.view(*added.shape[:2], *carry.shape[1:])
         carries = torch.empty_like(added)
         for k in reversed(range(added.shape[1])):
@@ -152,7 +152,7 @@ class Chunks:
 
     def _times_scores(self, weights: Tensor, scores: Tensor) -> Tensor:
         """weights (B, K, H, q, q) times its group's scores, in place."""
-        weights.unflatten(2, (scores.shape[2], -1)).mul_(scores[:, :, :, None])
+        torch.unflatten(weights, 2, (scores.shape[2], -1)).mul_(scores[:, :, :, None])
         return weights
 
     def _seen(self, entry: Tensor) -> Tensor:

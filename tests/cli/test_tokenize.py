@@ -44,7 +44,7 @@ def test_text_becomes_tokens_and_a_second_time_finds_them(tokenizer: Path, tmp_p
     assert done.stdout.splitlines()[0] == "documents        200 (20 held out)"
     assert done.stdout.splitlines()[1] == "skipped          0 empty, 0 that cannot be read"
     assert done.stdout.splitlines()[-1] == "written to       tokens"
-    assert done.stderr == "note: 1 files have endings that are not read: texts/table.csv\n"
+    assert done.stderr == "note: not read, because of the ending: texts/table.csv\n"
 
     manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_bytes())
     assert str(tmp_path) not in json.dumps(manifest)  # only what was typed

@@ -163,11 +163,11 @@ def test_likelihoods_of_whole_texts(pair: tuple[HarnessModel, HFLM]) -> None:
 
 
 def test_greedy_texts(pair: tuple[HarnessModel, HFLM]) -> None:
-    contexts = [*SENTENCES, LONG, "a", "The cat ", END + "The"]
+    contexts = [*SENTENCES[:2], LONG, "a", "The cat ", END + "The"]
     arguments: list[tuple[str, dict[str, Any]]] = []
     for context in contexts:
-        arguments.append((context, {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}))
-        arguments.append((context, {"until": ["e", "a"], "max_gen_toks": 20, "temperature": 0.0}))
+        arguments.append((context, {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}))
+        arguments.append((context, {"until": ["e", "a"], "max_gen_toks": 12, "temperature": 0.0}))
     ours, theirs = (model.generate_until(requests("generate_until", arguments), disable_tqdm=True) for model in pair)
     assert ours == theirs
     assert len(set(ours)) > len(contexts) + 3, "these texts should differ, or this test shows nothing"

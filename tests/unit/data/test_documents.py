@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +85,23 @@ def test_parquet_gives_its_rows_over_all_row_groups(tmp_path: Path, kind: str) -
     assert documents[699].origin == f"{file}:700"
 
 
-def test_bytes_read_come_to_the_bytes_of_all_files(tmp_path: Path) -> None:
-    content = lines(*({"text": f"{row} " * 40} for row in range(2000)))
+def test_bytes_read_rise_through_each_file_to_the_bytes_of_all(tmp_path: Path) -> None:
+    digits = random.Random(0)
+    rows = [f"{digits.randrange(10**300):x}" for _ in range(3000)]  # hardly smaller when packed
+    content = lines(*({"text": row} for row in rows))
     files = [
         save(tmp_path / "a.jsonl", content),
         save(tmp_path / "b.jsonl.gz", gzip.compress(content)),
-        save_parquet(tmp_path / "c.parquet", {"text": ["x" * 50] * 2000}),
+        save_parquet(tmp_path / "c.parquet", {"text": rows}),
         save(tmp_path / "d.txt", b"text"),
     ]
     sources = find_sources(files)
     reader = DocumentReader(sources.files)
     seen = [reader.bytes_read for _ in reader]
     assert seen == sorted(seen)
-    assert len(set(seen)) > 50
+    for number in range(3):
+        assert len(set(seen[3000 * number : 3000 * (number + 1)])) >= 3
+    assert seen[2999] <= sources.files[0].num_bytes < seen[3100]
     assert reader.bytes_read == sources.num_bytes
 
 

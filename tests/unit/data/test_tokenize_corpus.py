@@ -162,7 +162,7 @@ def test_empty_and_bad_documents_are_counted(byte_tokenizer: Path, tmp_path: Pat
 def test_a_corpus_without_text_is_refused(byte_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
     (tmp_path / "bad.jsonl").write_text("no\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"hold no text \(2 files, 1 empty documents, 1 that cannot be read") as caught:
+    with pytest.raises(UserError, match=r"hold no text \(files: 2, empty documents: 1, unreadable ones: 1\)") as caught:
         options = TokenizeOptions(skip_bad=True)
         tokenize_corpus([tmp_path / "empty.txt", tmp_path / "bad.jsonl"], byte_tokenizer, tmp_path / "out", options)
     assert caught.value.hint is not None

@@ -156,7 +156,7 @@ def test_what_cannot_be_trained_is_told(source: Path, tmp_path: Path) -> None:
         train(source, tmp_path)
     assert caught.value.hint == f"name a file, for example --out {tmp_path / 'tokenizer.json'}"
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"the sources hold no text \(1 files\)"):
+    with pytest.raises(UserError, match=r"the sources hold no text \(files: 1\)"):
         train(tmp_path / "empty.txt", tmp_path / "t.json")
     with pytest.raises(UserError, match=r"t\.json cannot be written: file exists \(.*corpus\.jsonl\)"):
         train(source, source / "t.json")

@@ -1,0 +1,265 @@
+// Depthwise causal convolution and SiLU, forward and backward. The mathematics is in kernels/README.md.
+//
+// One item of work is one row of the batch, a block of positions and a tile of channels, walked position by position
+// along contiguous memory.
+#include "memory.h"
+#include "parallel.h"
+
+namespace {
+
+constexpr int BLOCK = 128;      // positions
+constexpr int TILE = 512;       // channels: the rows that a position sees and all taps stay in the first cache
+constexpr int MAX_TAPS = 4;
+
+}  // namespace
+
+// Mirrored by ctypes in mambatrain/ops/native/causal_conv.py: the same fields in the same order.
+struct ConvArguments {
+    int64_t rows, length, channels, taps, num_threads;
+    View x;
+    View initial_window;        // (B, W - 1, D), may be absent
+    const float* weight;        // (D, W)
+    const float* bias;          // (D,) or null
+    const uint8_t* boundaries;  // (B, L) or null
+    // forward writes
+    View out;
+    View final_window;  // (B, W - 1, D)
+    // backward reads
+    View grad_out;     // may be absent
+    View grad_window;  // may be absent
+    // backward writes
+    View dx;
+    View dinitial;   // may be absent
+    float* dweight;  // (D, W)
+    float* dbias;    // (D,) or null
+
+    int64_t blocks() const { return length > 0 ? (length + BLOCK - 1) / BLOCK : 1; }  // an empty row hands its window on
+    int64_t tiles() const { return (channels + TILE - 1) / TILE; }
+
+    // How many taps position t uses: itself and what lies before it, back to the start of its document. t = length
+    // stands for the position to come.
+    int reach(int64_t row, int64_t t) const {
+        int count = 1;
+        for (; count < taps; ++count) {
+            const int64_t later = t - count + 1;  // a document that starts here ends the reach
+            if (boundaries && later >= 0 && later < length && boundaries[row * length + later]) break;
+        }
+        return count;
+    }
+};
+
+namespace {
+
+// One position of one tensor, from one channel on. Absent: zeros.
+struct Slice {
+    void* data;
+    Dtype dtype;
+
+    INLINE Floats at(int64_t channel, int count) const {
+        return data ? load(data, dtype, channel, count) : Floats{};
+    }
+    INLINE void put(int64_t channel, int count, Floats x) const { store(data, dtype, channel, count, x); }
+};
+
+INLINE Slice slice(const View& view, int64_t row, int64_t t, int64_t channel) {
+    if (!view.data) return {nullptr, FP32};
+    const int64_t offset = row * view.row_stride + t * view.time_stride + channel;
+    const int64_t size = view.dtype == FP32 ? 4 : 2;
+    return {static_cast<char*>(view.data) + offset * size, view.dtype};
+}
+
+// The weights of a tile, [tap][channel] with tap 0 at the position itself, and the bias.
+struct Taps {
+    alignas(64) float weight[MAX_TAPS][TILE], bias[TILE];
+
+    void read(const ConvArguments& args, int64_t first, int64_t size) {
+        for (int64_t c = 0; c < size; ++c) {
+            for (int64_t k = 0; k < args.taps; ++k)
+                weight[k][c] = args.weight[(first + c) * args.taps + args.taps - 1 - k];
+            bias[c] = args.bias ? args.bias[first + c] : 0.0f;
+        }
+        for (int64_t c = size; c < size + WIDTH && c < TILE; ++c) {
+            for (int64_t k = 0; k < args.taps; ++k) weight[k][c] = 0.0f;
+            bias[c] = 0.0f;
+        }
+    }
+};
+
+// What position t sees: input t - k for tap k, from the sequence, the window before it, or nothing.
+template <int TAPS>
+INLINE void find_inputs(const ConvArguments& args, int64_t row, int64_t t, int64_t first, Slice (&inputs)[TAPS]) {
+    const int reach = args.reach(row, t);
+    for (int k = 0; k < TAPS; ++k) {
+        if (k >= reach)
+            inputs[k] = {nullptr, FP32};
+        else if (t - k >= 0)
+            inputs[k] = slice(args.x, row, t - k, first);
+        else
+            inputs[k] = slice(args.initial_window, row, TAPS - 1 + t - k, first);
+    }
+}
+
+template <int TAPS>
+struct ForwardWorker {
+    const ConvArguments& args;
+    Taps taps;
+    Exp2 exp2;
+
+    explicit ForwardWorker(const ConvArguments& args) : args(args) {}
+
+    void operator()(int64_t item) {
+        const int64_t tile = item % args.tiles(), block = item / args.tiles() % args.blocks();
+        const int64_t row = item / args.tiles() / args.blocks(), first = tile * TILE;
+        const int64_t size = args.channels - first < TILE ? args.channels - first : TILE;
+        const int64_t end = (block + 1) * BLOCK < args.length ? (block + 1) * BLOCK : args.length;
+        taps.read(args, first, size);
+        for (int64_t t = block * BLOCK; t < end; ++t) {
+            Slice inputs[TAPS], out = slice(args.out, row, t, first);
+            find_inputs<TAPS>(args, row, t, first, inputs);
+            for (int64_t c = 0; c < size; c += WIDTH) {
+                const int count = size - c < WIDTH ? int(size - c) : WIDTH;
+                Floats p = load_floats(taps.bias + c);
+                for (int k = 0; k < TAPS; ++k) p += inputs[k].at(c, count) * load_floats(taps.weight[k] + c);
+                out.put(c, count, p * sigmoid(p, exp2));
+            }
+        }
+        if (end == args.length) write_window(row, first, size);
+    }
+
+  private:
+    void write_window(int64_t row, int64_t first, int64_t size) {
+        Slice inputs[TAPS];
+        find_inputs<TAPS>(args, row, args.length, first, inputs);  // inputs[k] is position length - k
+        for (int k = 1; k < TAPS; ++k) {
+            Slice to = slice(args.final_window, row, TAPS - 1 - k, first);
+            for (int64_t c = 0; c < size; c += WIDTH) {
+                const int count = size - c < WIDTH ? int(size - c) : WIDTH;
+                to.put(c, count, inputs[k].at(c, count));
+            }
+        }
+    }
+};
+
+template <int TAPS>
+struct BackwardWorker {
+    const ConvArguments& args;
+    float* partial;  // (B, blocks, TAPS + 1, D): the gradients of weight and bias from one block
+    Taps taps;
+    Exp2 exp2;
+    alignas(64) float gp[TAPS][TILE];      // gradient before SiLU, position t in row t % TAPS
+    alignas(64) float sums[TAPS + 1][TILE];
+
+    BackwardWorker(const ConvArguments& args, float* partial) : args(args), partial(partial) {}
+
+    void operator()(int64_t item) {
+        const int64_t tile = item % args.tiles(), block = item / args.tiles() % args.blocks();
+        const int64_t row = item / args.tiles() / args.blocks(), first = tile * TILE;
+        const int64_t size = args.channels - first < TILE ? args.channels - first : TILE;
+        const int64_t begin = block * BLOCK, end = begin + BLOCK < args.length ? begin + BLOCK : args.length;
+        taps.read(args, first, size);
+        std::memset(sums, 0, sizeof sums);
+        std::memset(gp, 0, sizeof gp);
+        // The inputs of the block and, for the first one, the window before it; each is done when gp has come as far as
+        // TAPS - 1 positions behind it, which may lie in the next block.
+        int64_t input = block == 0 ? 1 - TAPS : begin;
+        for (int64_t t = begin; input < end; ++t) {
+            if (t < args.length) differentiate(row, t, first, size, t < end);
+            if (input + TAPS - 1 <= t) write_input(row, input++, first, size);
+        }
+        float* to = partial + (row * args.blocks() + block) * (TAPS + 1) * args.channels + first;
+        for (int k = 0; k <= TAPS; ++k) std::memcpy(to + k * args.channels, sums[k], size * sizeof(float));
+    }
+
+  private:
+    void differentiate(int64_t row, int64_t t, int64_t first, int64_t size, bool counts) {
+        Slice inputs[TAPS], grad = slice(args.grad_out, row, t, first);
+        find_inputs<TAPS>(args, row, t, first, inputs);
+        float* to = gp[t % TAPS];
+        for (int64_t c = 0; c < size; c += WIDTH) {
+            const int count = size - c < WIDTH ? int(size - c) : WIDTH;
+            Floats p = load_floats(taps.bias + c), x[TAPS];
+            for (int k = 0; k < TAPS; ++k) {
+                x[k] = inputs[k].at(c, count);
+                p += x[k] * load_floats(taps.weight[k] + c);
+            }
+            Floats s = sigmoid(p, exp2);
+            Floats g = grad.at(c, count) * (s * (1.0f + p * (1.0f - s)));
+            store_floats(to + c, g);
+            if (!counts) continue;
+            for (int k = 0; k < TAPS; ++k) store_floats(sums[k] + c, load_floats(sums[k] + c) + g * x[k]);
+            store_floats(sums[TAPS] + c, load_floats(sums[TAPS] + c) + g);
+        }
+    }
+
+    // The gradient of input s, from the positions s + k that see it and from the window that is handed on.
+    void write_input(int64_t row, int64_t s, int64_t first, int64_t size) {
+        const View& view = s < 0 ? args.dinitial : args.dx;
+        if (!view.data) return;
+        Slice to = slice(view, row, s < 0 ? TAPS - 1 + s : s, first), window = {nullptr, FP32};
+        const int64_t ahead = args.length - s;  // the window holds inputs 1 .. TAPS - 1 before position `length`
+        if (ahead < TAPS && ahead < args.reach(row, args.length))
+            window = slice(args.grad_window, row, TAPS - 1 - ahead, first);
+        bool seen[TAPS];
+        for (int k = 0; k < TAPS; ++k)
+            seen[k] = s + k >= 0 && s + k < args.length && k < args.reach(row, s + k);
+        for (int64_t c = 0; c < size; c += WIDTH) {
+            const int count = size - c < WIDTH ? int(size - c) : WIDTH;
+            Floats g = window.at(c, count);
+            for (int k = 0; k < TAPS; ++k)
+                if (seen[k]) g += load_floats(gp[(s + k) % TAPS] + c) * load_floats(taps.weight[k] + c);
+            to.put(c, count, g);
+        }
+    }
+};
+
+// The blocks' sums of one vector of channels, in their order.
+void sum_blocks(const ConvArguments& args, const float* partial, int64_t channel) {
+    const int count = args.channels - channel < WIDTH ? int(args.channels - channel) : WIDTH;
+    for (int64_t k = 0; k <= args.taps; ++k) {
+        Floats sum = {};
+        for (int64_t i = 0; i < args.rows * args.blocks(); ++i)
+            sum += load(partial, FP32, (i * (args.taps + 1) + k) * args.channels + channel, count);
+        if (k == args.taps) {
+            if (args.dbias) store(args.dbias, FP32, channel, count, sum);
+        } else {
+            for (int lane = 0; lane < count; ++lane)
+                args.dweight[(channel + lane) * args.taps + args.taps - 1 - k] = sum[lane];
+        }
+    }
+}
+
+template <int TAPS>
+void forward(const ConvArguments& args) {
+    share(args.rows * args.blocks() * args.tiles(), args.num_threads, [&] { return ForwardWorker<TAPS>(args); });
+}
+
+template <int TAPS>
+void backward(const ConvArguments& args) {
+    Array<float> partial = allocate<float>(args.rows * args.blocks() * (TAPS + 1) * args.channels);
+    float* sums = partial.get();
+    share(args.rows * args.blocks() * args.tiles(), args.num_threads,
+          [=, &args] { return BackwardWorker<TAPS>(args, sums); });
+    share((args.channels + WIDTH - 1) / WIDTH, args.num_threads,
+          [=, &args] { return [=, &args](int64_t vector) { sum_blocks(args, sums, vector * WIDTH); }; });
+}
+
+}  // namespace
+
+// `taps` is 1 .. MAX_TAPS: the caller has checked.
+extern "C" EXPORT void causal_conv_forward(const ConvArguments* args) {
+    switch (args->taps) {
+        case 1: return forward<1>(*args);
+        case 2: return forward<2>(*args);
+        case 3: return forward<3>(*args);
+        default: return forward<4>(*args);
+    }
+}
+
+extern "C" EXPORT void causal_conv_backward(const ConvArguments* args) {
+    switch (args->taps) {
+        case 1: return backward<1>(*args);
+        case 2: return backward<2>(*args);
+        case 3: return backward<3>(*args);
+        default: return backward<4>(*args);
+    }
+}
