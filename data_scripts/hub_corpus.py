@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ class HubCorpus:
     """A data set of the hub.
 
     Attributes:
-        documents: of each split, for the time that is left.
+        config: the one that is read unless --config names another of `configs`.
+        documents: of each split of `config`, for the time that is left.
         kept: columns that go into the corpus beside `text`.
+        configs: that --config may name; empty where there is no choice.
     """
 
     about: About
@@ -31,6 +34,7 @@ class HubCorpus:
     config: str | None
     documents: dict[str, int]
     kept: tuple[str, ...] = ()
+    configs: tuple[str, ...] = ()
 
 
 def write_hub_corpus(
@@ -52,6 +56,9 @@ def _parse_arguments(corpus: HubCorpus, description: str) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="where the documents go")
     splits = list(corpus.documents)
     parser.add_argument("--split", choices=splits, default=splits[0], help="default: %(default)s")
+    parser.set_defaults(config=corpus.config)
+    if corpus.configs:
+        parser.add_argument("--config", choices=corpus.configs, help=f"default: {corpus.config}")
     parser.add_argument("--limit-documents", type=int, metavar="N", help="stop after N documents; default: all")
     local = "read these .parquet or .jsonl files of the same columns instead of the hub"
     parser.add_argument("--data-files", type=Path, nargs="+", metavar="FILE", help=local)
@@ -72,8 +79,9 @@ def _write(
         options["data_files"] = {str(file): sha256_of(file) for file in arguments.data_files}
         expected = limit
     else:
-        options["revision"] = arguments.revision
-        expected = min(corpus.documents[arguments.split], limit or corpus.documents[arguments.split])
+        options |= {"revision": arguments.revision, "config": arguments.config}
+        known = corpus.documents[arguments.split] if arguments.config == corpus.config else limit
+        expected = min(known, limit or known) if known else None
 
     def documents() -> Iterator[Row]:
         return itertools.islice(into_documents(_read_rows(corpus, arguments)), limit)
@@ -103,10 +111,18 @@ def _read_rows(corpus: HubCorpus, arguments: argparse.Namespace) -> Iterator[Row
             rows = load_dataset(builder, data_files=files, split="train", streaming=True)
         else:
             rows = load_dataset(
-                corpus.dataset, corpus.config, split=arguments.split, streaming=True, revision=arguments.revision
+                corpus.dataset, arguments.config, split=arguments.split, streaming=True, revision=arguments.revision
             )
-        for row in rows:
-            yield _chosen_columns(corpus, row)
+        opened = iter(rows)
+        try:
+            for row in opened:
+                yield _chosen_columns(corpus, row)
+        finally:
+            # A stream left before its end (--limit-documents) has threads of Arrow's that abort the interpreter when it
+            # ends, github.com/apache/arrow/issues/45214; they end here, once nothing holds the stream any more.
+            opened.close()
+            del opened, rows
+            gc.collect()
     except (OSError, ValueError, DatasetsError) as error:  # OSError: the network too
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "--data-files" if arguments.data_files else f"the hub's {corpus.dataset}"

@@ -46,7 +46,7 @@ def launch_workers(arguments: list[str], num_processes: int, stopped_marker: Pat
     # torchrun would give every process one thread.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     command = [sys.executable, "-m", "mambatrain.launch", f"--nproc-per-node={num_processes}", "--standalone"]
-    torchrun = subprocess.Popen([*command, "-m", "mambatrain", *arguments], env=environment, start_new_session=True)
+    torchrun = subprocess.Popen([*command, "-m", "--", "mambatrain", *arguments], env=environment, start_new_session=True)
 
     def pass_on(signal_number: int, frame: FrameType | None) -> None:
         try:

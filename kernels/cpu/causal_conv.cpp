@@ -62,10 +62,7 @@ struct Slice {
 };
 
 INLINE Slice slice(const View& view, int64_t row, int64_t t, int64_t channel) {
-    if (!view.data) return {nullptr, FP32};
-    const int64_t offset = row * view.row_stride + t * view.time_stride + channel;
-    const int64_t size = view.dtype == FP32 ? 4 : 2;
-    return {static_cast<char*>(view.data) + offset * size, view.dtype};
+    return {view.data ? view.address(row, t, channel) : nullptr, view.dtype};
 }
 
 // The weights of a tile, [tap][channel] with tap 0 at the position itself, and the bias.
@@ -230,16 +227,18 @@ void sum_blocks(const ConvArguments& args, const float* partial, int64_t channel
 
 template <int TAPS>
 void forward(const ConvArguments& args) {
-    share(args.rows * args.blocks() * args.tiles(), args.num_threads, [&] { return ForwardWorker<TAPS>(args); });
+    const int64_t threads = threads_worth(args.rows * args.length * args.channels * 4, args.num_threads);
+    share(args.rows * args.blocks() * args.tiles(), threads, [&] { return ForwardWorker<TAPS>(args); });
 }
 
 template <int TAPS>
 void backward(const ConvArguments& args) {
     Array<float> partial = allocate<float>(args.rows * args.blocks() * (TAPS + 1) * args.channels);
     float* sums = partial.get();
-    share(args.rows * args.blocks() * args.tiles(), args.num_threads,
+    const int64_t threads = threads_worth(args.rows * args.length * args.channels * 8, args.num_threads);
+    share(args.rows * args.blocks() * args.tiles(), threads,
           [=, &args] { return BackwardWorker<TAPS>(args, sums); });
-    share((args.channels + WIDTH - 1) / WIDTH, args.num_threads,
+    share((args.channels + WIDTH - 1) / WIDTH, threads,
           [=, &args] { return [=, &args](int64_t vector) { sum_blocks(args, sums, vector * WIDTH); }; });
 }
 

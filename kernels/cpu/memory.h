@@ -7,22 +7,34 @@
 
 #include "simd.h"
 
+// WIDTH channels, or the first `count` of them, at one position after another; what is absent reads as zeros.
+struct Column {
+    char* data;
+    int64_t step;  // bytes
+    Dtype dtype;
+    int count;
+
+    INLINE void prefetch(int64_t t) const { __builtin_prefetch(data + t * step); }
+    INLINE void prefetch_for_writing(int64_t t) const { __builtin_prefetch(data + t * step, 1); }
+    INLINE Floats operator[](int64_t t) const { return count ? load(data + t * step, dtype, 0, count) : Floats{}; }
+    INLINE void set(int64_t t, Floats x) const {
+        if (count) store(data + t * step, dtype, 0, count, x);
+    }
+};
+
 // A tensor (rows, length, size) whose last dimension is contiguous; strides count elements.
 struct View {
     void* data;  // null: absent
     Dtype dtype;
     int64_t row_stride, time_stride;
 
-    INLINE Floats at(int64_t row, int64_t t, int64_t channel, int count) const {
-        return load(data, dtype, row * row_stride + t * time_stride + channel, count);
+    INLINE char* address(int64_t row, int64_t t, int64_t i) const {
+        const int64_t size = dtype == FP32 ? 4 : 2;
+        return static_cast<char*>(data) + (row * row_stride + t * time_stride + i) * size;
     }
-    INLINE void put(int64_t row, int64_t t, int64_t channel, int count, Floats x) const {
-        store(data, dtype, row * row_stride + t * time_stride + channel, count, x);
-    }
-    INLINE float one(int64_t row, int64_t t, int64_t i) const {
-        int64_t offset = row * row_stride + t * time_stride + i;
-        return dtype == FP32 ? static_cast<const float*>(data)[offset]
-                             : widen_one(static_cast<const uint16_t*>(data)[offset]);
+    INLINE Column column(int64_t row, int64_t t, int64_t channel, int count) const {
+        if (!data) return {nullptr, 0, FP32, 0};
+        return {address(row, t, channel), time_stride * (dtype == FP32 ? 4 : 2), dtype, count};
     }
 };
 

@@ -36,6 +36,11 @@ class FlushTinyNumbers {
 #endif
 };
 
+// `num_threads`, or one for work so small that waking the others costs more: below about 50 microseconds.
+inline int64_t threads_worth(int64_t state_updates, int64_t num_threads) {
+    return state_updates < (1 << 18) ? 1 : num_threads;
+}
+
 // Calls make_worker() once per thread and its result with each of 0 .. num_items - 1 on one thread or another. Results
 // must not depend on which: items write apart from each other.
 template <class MakeWorker>

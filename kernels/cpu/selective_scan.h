@@ -13,6 +13,10 @@ constexpr int CHUNK = CH;  // positions
 constexpr int STATES_STEP = 8;   // the number of states is padded to a multiple of this with A = B = C = 0
 
 constexpr int MAX_STATES = 256;
+#ifndef SP
+#define SP 256
+#endif
+constexpr int SPAN = SP;  // channels
 
 // Mirrored by ctypes in mambatrain/ops/native/selective_scan.py: the same fields in the same order.
 struct ScanArguments {
@@ -39,6 +43,7 @@ struct ScanArguments {
 
     int64_t vectors() const { return (channels + WIDTH - 1) / WIDTH; }
     int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
+    int64_t state_updates() const { return rows * length * channels * states; }
     int64_t padded_states() const { return (states + STATES_STEP - 1) / STATES_STEP * STATES_STEP; }
     int lanes(int64_t vector) const {
         int64_t left = channels - vector * WIDTH;
@@ -53,6 +58,15 @@ struct ScanArguments {
     }
 };
 
+// Vectors of channels in one item of work, a multiple of `step`. Many: a position's channels lie side by side in one page
+// of memory, and walking to the next page costs more than the scan of a few vectors. Fewer where threads would go idle;
+// no result depends on it.
+inline int64_t vectors_per_item(const ScanArguments& args, int64_t threads, int64_t step) {
+    int64_t steps = SPAN / (WIDTH * step) > 1 ? SPAN / (WIDTH * step) : 1;
+    while (steps > 1 && args.rows * (args.vectors() / (steps * step)) < 4 * threads) steps /= 2;
+    return steps * step;
+}
+
 // The positions of one chunk that all channels share, in fp32 and padded to STATES_STEP.
 struct SharedInputs {
     Array<float> B, C;  // [CHUNK][padded states]
@@ -65,36 +79,59 @@ struct SharedInputs {
           padded(args.padded_states()) {}
 
     void read(const ScanArguments& args, int64_t row, int64_t chunk) {
-        for (int t = 0; t < args.chunk_length(chunk); ++t) {
-            int64_t position = chunk * CHUNK + t;
-            starts[t] = args.boundaries && args.boundaries[row * args.length + position];
-            read_states(args.B, &B[t * padded], args.states, row, position);
-            read_states(args.C, &C[t * padded], args.states, row, position);
-        }
+        const int64_t begin = chunk * CHUNK;
+        const int length = args.chunk_length(chunk);
+        for (int t = 0; t < length; ++t)
+            starts[t] = args.boundaries && args.boundaries[row * args.length + begin + t];
+        read_states(args.B, &B[0], args, row, begin, length);
+        read_states(args.C, &C[0], args, row, begin, length);
     }
 
   private:
-    void read_states(const View& view, float* to, int64_t states, int64_t row, int64_t position) const {
-        int64_t n = 0;
-        for (; n + WIDTH <= states; n += WIDTH) store_floats(to + n, view.at(row, position, n, WIDTH));
-        for (; n < states; ++n) to[n] = view.one(row, position, n);
-        for (; n < padded; ++n) to[n] = 0.0f;
+    void read_states(const View& view, float* to, const ScanArguments& args, int64_t row, int64_t begin, int length) {
+        for (int64_t n = 0; n < padded; n += WIDTH) {
+            const int64_t left = args.states - n, room = padded - n < WIDTH ? padded - n : WIDTH;
+            const Column states = view.column(row, begin, n, left < 0 ? 0 : left < WIDTH ? int(left) : WIDTH);
+            for (int t = 0; t < length; ++t) {
+                Floats x = states[t];
+                if (room == WIDTH)
+                    store_floats(to + t * padded + n, x);
+                else
+                    std::memcpy(to + t * padded + n, &x, 4 * STATES_STEP);
+            }
+        }
     }
 };
 
-// (E, N) or one row of (B, E, N) <-> [padded states] vectors of channels.
-INLINE void gather_states(const float* from, Floats* to, int64_t vector, const ScanArguments& args, float scale = 1.0f) {
-    int lanes = args.lanes(vector);
-    for (int64_t n = 0; n < args.padded_states(); ++n) {
-        Floats x = {};
-        if (from && n < args.states)
-            for (int lane = 0; lane < lanes; ++lane)
-                x[lane] = from[(vector * WIDTH + lane) * args.states + n] * scale;
-        to[n] = x;
+// (E, N) or one row of (B, E, N), absent: zeros, to [padded states] vectors of channels; and back.
+inline void gather_states(const float* from, Floats* to, int64_t vector, const ScanArguments& args,
+                          float scale = 1.0f) {
+    const int lanes = from ? args.lanes(vector) : 0;
+    const float* first = from ? from + vector * WIDTH * args.states : nullptr;
+    int64_t n = 0;
+    for (; lanes == WIDTH && n + WIDTH <= args.states; n += WIDTH) {
+        Floats square[WIDTH];
+        for (int i = 0; i < WIDTH; ++i) square[i] = load_floats(first + i * args.states + n);
+        transpose(square);
+        for (int i = 0; i < WIDTH; ++i) to[n + i] = square[i] * scale;
+    }
+    for (; n < args.padded_states(); ++n) {
+        to[n] = Floats{};
+        if (n >= args.states) continue;
+        for (int lane = 0; lane < lanes; ++lane) to[n][lane] = first[lane * args.states + n] * scale;
     }
 }
 
-INLINE void scatter_states(const Floats* from, float* to, int64_t vector, const ScanArguments& args) {
-    for (int lane = 0; lane < args.lanes(vector); ++lane)
-        for (int64_t n = 0; n < args.states; ++n) to[(vector * WIDTH + lane) * args.states + n] = from[n][lane];
+inline void scatter_states(const Floats* from, float* to, int64_t vector, const ScanArguments& args) {
+    const int lanes = args.lanes(vector);
+    float* first = to + vector * WIDTH * args.states;
+    int64_t n = 0;
+    for (; lanes == WIDTH && n + WIDTH <= args.states; n += WIDTH) {
+        Floats square[WIDTH];
+        for (int i = 0; i < WIDTH; ++i) square[i] = from[n + i];
+        transpose(square);
+        for (int i = 0; i < WIDTH; ++i) store_floats(first + i * args.states + n, square[i]);
+    }
+    for (; n < args.states; ++n)
+        for (int lane = 0; lane < lanes; ++lane) first[lane * args.states + n] = from[n][lane];
 }

@@ -3,8 +3,6 @@
 
 namespace {
 
-constexpr int VECTORS_PER_ITEM = 256 / (4 * WIDTH);  // 256 bytes of each position: whole cache lines, few pages
-
 // One chunk of one vector of channels.
 struct ChannelInputs {
     Floats dt[CHUNK], dt_u[CHUNK], y[CHUNK];
@@ -34,36 +32,37 @@ void advance(int length, const SharedInputs& shared, int64_t first, const Floats
 
 struct ForwardWorker {
     const ScanArguments& args;
+    int64_t span;  // vectors in one item
     SharedInputs shared;
     int64_t padded;
-    Array<Floats> A2, h;  // [VECTORS_PER_ITEM][padded states]
+    Array<Floats> A2, h;  // [span][padded states]
     ChannelInputs in;
     Exp2 exp2;
 
-    explicit ForwardWorker(const ScanArguments& args)
+    ForwardWorker(const ScanArguments& args, int64_t span)
         : args(args),
+          span(span),
           shared(args),
           padded(args.padded_states()),
-          A2(allocate<Floats>(VECTORS_PER_ITEM * padded)),
-          h(allocate<Floats>(VECTORS_PER_ITEM * padded)) {}
+          A2(allocate<Floats>(span * padded)),
+          h(allocate<Floats>(span * padded)) {}
 
     void operator()(int64_t item) {
-        int64_t groups = (args.vectors() + VECTORS_PER_ITEM - 1) / VECTORS_PER_ITEM;
-        int64_t row = item / groups, first = item % groups * VECTORS_PER_ITEM;
-        int64_t last = first + VECTORS_PER_ITEM < args.vectors() ? first + VECTORS_PER_ITEM : args.vectors();
+        const int64_t spans = (args.vectors() + span - 1) / span, row = item / spans, first = item % spans * span;
+        const int64_t count = args.vectors() - first < span ? args.vectors() - first : span;
         const int64_t row_size = args.channels * args.states;
-        for (int64_t v = first; v < last; ++v) {
-            gather_states(args.A, &A2[(v - first) * padded], v, args, LOG2_E);
-            gather_states(args.initial_state ? args.initial_state + row * row_size : nullptr,
-                          &h[(v - first) * padded], v, args);
+        for (int64_t v = 0; v < count; ++v) {
+            gather_states(args.A, &A2[v * padded], first + v, args, LOG2_E);
+            gather_states(args.initial_state ? args.initial_state + row * row_size : nullptr, &h[v * padded],
+                          first + v, args);
         }
         for (int64_t chunk = 0; chunk < args.chunks(); ++chunk) {
             shared.read(args, row, chunk);
-            for (int64_t v = first; v < last; ++v)
-                scan_chunk(row, chunk, v, &A2[(v - first) * padded], &h[(v - first) * padded]);
+            for (int64_t v = 0; v < count; ++v)
+                scan_chunk(row, chunk, first + v, &A2[v * padded], &h[v * padded]);
         }
-        for (int64_t v = first; v < last; ++v)
-            scatter_states(&h[(v - first) * padded], args.final_state + row * row_size, v, args);
+        for (int64_t v = 0; v < count; ++v)
+            scatter_states(&h[v * padded], args.final_state + row * row_size, first + v, args);
     }
 
   private:
@@ -71,32 +70,32 @@ struct ForwardWorker {
         const int64_t channel = vector * WIDTH, begin = chunk * CHUNK;
         const int lanes = args.lanes(vector), length = args.chunk_length(chunk);
         if (args.entries) std::memcpy(args.entry(row, vector, chunk), h, padded * sizeof(Floats));
-        Floats bias = args.dt_bias ? load(args.dt_bias, FP32, channel, lanes) : Floats{};
-        Floats D = args.D ? load(args.D, FP32, channel, lanes) : Floats{};
+        const Floats bias = args.dt_bias ? load(args.dt_bias, FP32, channel, lanes) : Floats{};
+        const Floats D = args.D ? load(args.D, FP32, channel, lanes) : Floats{};
+        const Column u = args.u.column(row, begin, channel, lanes), raw = args.dt.column(row, begin, channel, lanes);
+        const Column out = args.out.column(row, begin, channel, lanes), gate = args.z.column(row, begin, channel, lanes);
         for (int t = 0; t < length; ++t) {
-            Floats u = args.u.at(row, begin + t, channel, lanes);
-            Floats dt = softplus(args.dt.at(row, begin + t, channel, lanes) + bias, exp2);
+            u.prefetch(t + CHUNK), raw.prefetch(t + CHUNK), gate.prefetch(t);
+            out.prefetch_for_writing(t);
+            Floats dt = softplus(raw[t] + bias, exp2).value;
             in.dt[t] = dt;
-            in.dt_u[t] = dt * u;
-            in.y[t] = D * u;
+            in.dt_u[t] = dt * u[t];
+            in.y[t] = D * u[t];
         }
         int64_t n = 0;
         for (; n + 16 <= padded; n += 16) advance<16>(length, shared, n, A2 + n, h + n, in, exp2);
         if (n < padded) advance<8>(length, shared, n, A2 + n, h + n, in, exp2);
-        for (int t = 0; t < length; ++t) {
-            Floats y = in.y[t];
-            if (args.z.data) {
-                Floats z = args.z.at(row, begin + t, channel, lanes);
-                y *= z * sigmoid(z, exp2);
-            }
-            args.out.put(row, begin + t, channel, lanes, y);
-        }
+        if (args.z.data)
+            for (int t = 0; t < length; ++t) out.set(t, in.y[t] * (gate[t] * sigmoid(gate[t], exp2)));
+        else
+            for (int t = 0; t < length; ++t) out.set(t, in.y[t]);
     }
 };
 
 }  // namespace
 
 extern "C" EXPORT void selective_scan_forward(const ScanArguments* args) {
-    int64_t groups = (args->vectors() + VECTORS_PER_ITEM - 1) / VECTORS_PER_ITEM;
-    share(args->rows * groups, args->num_threads, [=] { return ForwardWorker(*args); });
+    const int64_t threads = threads_worth(args->state_updates(), args->num_threads);
+    const int64_t span = vectors_per_item(*args, threads, 4);
+    share(args->rows * ((args->vectors() + span - 1) / span), threads, [=] { return ForwardWorker(*args, span); });
 }

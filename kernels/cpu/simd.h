@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -179,9 +180,14 @@ INLINE Floats sigmoid(Floats x, const Exp2& exp2) {
     return choose(x < 0.0f, e * positive, positive);
 }
 
+struct Softplus {
+    Floats value;  // log(1 + e^x)
+    Floats slope;  // its derivative, 1 / (1 + e^-x)
+};
+
 // log(1 + e^x) = max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(s), s = e / (2 + e). Beyond x = 20, where torch
 // takes x itself and 1 for the slope, e is below half a unit in the last place of both: the same numbers.
-INLINE Floats softplus(Floats x, const Exp2& exp2) {
+INLINE Softplus softplus(Floats x, const Exp2& exp2) {
     Floats e = exp2.exp(-absolute(x));
     Floats s = e * reciprocal(2.0f + e);
     Floats s2 = s * s;
@@ -189,41 +195,82 @@ INLINE Floats softplus(Floats x, const Exp2& exp2) {
     p = p * s2 + 0.13999571f;
     p = p * s2 + 0.2001085f;
     p = p * s2 + 0.33333207f;
-    Floats twice = s + s;
-    return larger(x, Floats{}) + (twice * (s2 * p) + twice);
+    Floats twice = s + s, positive = reciprocal(1.0f + e);
+    return {larger(x, Floats{}) + (twice * (s2 * p) + twice), choose(x < 0.0f, e * positive, positive)};
 }
 
-// ---- sums over the lanes
+// ---- across the lanes
 
-template <class Pick>
-INLINE Floats shuffle(Floats a, Floats b, Pick pick) {  // lane i is lane pick(i) of a and b together
+// Lane i of the result is lane Pick::from(i) of a and b together.
+template <class Pick, int... I>
+INLINE Floats shuffle(Floats a, Floats b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-    Floats x;
-    for (int i = 0; i < WIDTH; ++i) x[i] = pick(i) < WIDTH ? a[pick(i)] : b[pick(i) - WIDTH];
-    return x;
+    return __builtin_shufflevector(a, b, Pick::from(I)...);
 #else
-    Ints lanes = {};
-    for (int i = 0; i < WIDTH; ++i) lanes[i] = pick(i);
-    return __builtin_shuffle(a, b, lanes);
+    return __builtin_shuffle(a, b, Ints{Pick::from(I)...});
 #endif
 }
 
-// to[i] += the sum of the lanes of x[i], for four vectors at once: two rounds of pairwise interleaving inside each
-// block of 4 lanes, then the blocks.
+template <class Pick>
+INLINE Floats shuffle(Floats a, Floats b) {
+    return shuffle<Pick>(a, b, std::make_integer_sequence<int, WIDTH>());
+}
+
+// Inside each block of 4 lanes: a b a b, of their lower or upper halves.
+template <int UPPER>
+struct Interleave {
+    static constexpr int from(int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * WIDTH + 2 * UPPER; }
+};
+
+// Inside each block of 4 lanes: a a b b, of their lower or upper halves.
+template <int UPPER>
+struct Join {
+    static constexpr int from(int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * WIDTH + 2 * UPPER; }
+};
+
+template <int BY>
+struct Rotate {
+    static constexpr int from(int i) { return (i + BY) % WIDTH; }
+};
+
+// to[i] += the sum of the lanes of x[i], for four vectors at once: pairs of lanes, pairs of pairs, then the blocks.
 INLINE void add_lane_sums(const Floats x[4], float* to) {
-    auto low = [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * WIDTH; };
-    auto high = [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * WIDTH + 2; };
-    auto even = [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * WIDTH; };
-    auto odd = [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * WIDTH + 2; };
-    Floats ab = shuffle(x[0], x[1], low) + shuffle(x[0], x[1], high);  // a b a b ...
-    Floats cd = shuffle(x[2], x[3], low) + shuffle(x[2], x[3], high);
-    Floats abcd = shuffle(ab, cd, even) + shuffle(ab, cd, odd);  // a b c d ...
-    for (int block = WIDTH / 2; block >= 4; block /= 2)
-        abcd += shuffle(abcd, abcd, [=](int i) { return (i + block) % WIDTH; });
+    Floats ab = shuffle<Interleave<0>>(x[0], x[1]) + shuffle<Interleave<1>>(x[0], x[1]);  // a b a b ...
+    Floats cd = shuffle<Interleave<0>>(x[2], x[3]) + shuffle<Interleave<1>>(x[2], x[3]);
+    Floats abcd = shuffle<Join<0>>(ab, cd) + shuffle<Join<1>>(ab, cd);  // a b c d ...
+    if (WIDTH >= 16) abcd += shuffle<Rotate<8>>(abcd, abcd);
+    if (WIDTH >= 8) abcd += shuffle<Rotate<4>>(abcd, abcd);
     typedef float Four __attribute__((vector_size(16)));
     Four sum, before;
     std::memcpy(&before, to, sizeof before);
     std::memcpy(&sum, &abcd, sizeof sum);
     sum += before;
     std::memcpy(to, &sum, sizeof sum);
+}
+
+// Squares of SIZE lanes: the one above the diagonal of a and b goes to the other's place below it.
+template <int SIZE, bool LOWER>
+struct Exchange {
+    static constexpr int from(int i) {
+        const bool second = i & SIZE;
+        return LOWER ? (second ? i + WIDTH : i + SIZE) : (second ? i - SIZE + WIDTH : i);
+    }
+};
+
+template <int SIZE>
+INLINE void exchange(Floats (&x)[WIDTH]) {
+    for (int i = 0; i < WIDTH; ++i) {
+        if (i & SIZE) continue;
+        Floats a = x[i], b = x[i + SIZE];
+        x[i] = shuffle<Exchange<SIZE, false>>(a, b);
+        x[i + SIZE] = shuffle<Exchange<SIZE, true>>(a, b);
+    }
+}
+
+// x[i][j] <-> x[j][i]
+INLINE void transpose(Floats (&x)[WIDTH]) {
+    exchange<1>(x);
+    exchange<2>(x);
+    if constexpr (WIDTH >= 8) exchange<4>(x);
+    if constexpr (WIDTH >= 16) exchange<8>(x);
 }

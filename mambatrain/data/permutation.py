@@ -37,7 +37,7 @@ def permute(indices: NDArray[np.int64], size: int, *key: int) -> NDArray[np.int6
 
 
 def _round_keys(key: tuple[int, ...]) -> NDArray[np.uint64]:
-    state = np.zeros(_NUM_ROUNDS, dtype=np.uint64) + np.arange(1, _NUM_ROUNDS + 1, dtype=np.uint64)
+    state: NDArray[np.uint64] = np.arange(1, _NUM_ROUNDS + 1).astype(np.uint64)
     for part in key:
         state = _mix(state + np.uint64(part * int(_GOLDEN_RATIO) % 2**64))
     return state

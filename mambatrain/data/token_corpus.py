@@ -65,7 +65,8 @@ def open_token_corpus(folder: str | Path) -> TokenCorpus:
     place = Path(folder)
     if not place.is_dir():
         if not place.exists():
-            raise missing_file(place)
+            missing = missing_file(place)
+            raise UserError(missing.message, missing.hint or f"`mambatrain tokenize SOURCE... --out {place}` makes it")
         raise UserError(f"{place} is a file, not a folder of tokens", f"name the folder: {place.parent}")
     if not (place / MANIFEST_NAME).is_file():
         raise UserError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambatrain.errors import UserError, nearest
-from mambatrain.ops import causal_conv, reference, selective_scan, ssd
+from mambatrain.ops import causal_conv, native, reference, selective_scan, ssd
 
 
 class SelectiveScan(Protocol):
@@ -76,36 +76,51 @@ class Backend:
     causal_conv: CausalConv
 
 
-def choose_backend(asked: str, device: torch.device) -> Backend:
+def choose_backend(asked: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
     """The backend for what was asked on the command line.
 
     Args:
         asked: auto, native, torch or reference.
         device: where the model will run.
+        dtype: what the model computes in; native kernels take float32 and bfloat16.
 
     Raises:
         UserError: the name is unknown, or the backend cannot run here. A slower one is never taken in its place.
     """
-    choices: dict[str, Callable[[torch.device], Backend]] = {
-        "auto": _choose_automatically,
-        "native": _native,
-        "torch": lambda _: _torch("asked for"),
-        "reference": lambda _: _reference("asked for"),
+    choices: dict[str, Callable[[], Backend]] = {
+        "auto": lambda: _choose_automatically(device, dtype),
+        "native": lambda: _native(device, dtype),
+        "torch": lambda: _torch("asked for"),
+        "reference": lambda: _reference("asked for"),
     }
     if asked not in choices:
         close = nearest(asked, list(choices))
         hint = f"did you mean `--kernels {close}`?" if close else f"--kernels takes {', '.join(choices)}"
         raise UserError(f"there is no kernels backend named {asked!r}", hint)
-    return choices[asked](device)
+    return choices[asked]()
 
 
-def _choose_automatically(device: torch.device) -> Backend:
-    return _torch(f"the fastest in this installation for {device.type}: native kernels are not part of it")
+def _choose_automatically(device: torch.device, dtype: torch.dtype) -> Backend:
+    missing = _why_no_native(device, dtype)
+    return _native(device, dtype) if missing is None else _torch(f"native kernels cannot run: {missing}")
 
 
-def _native(device: torch.device) -> Backend:
-    """The place where a native backend is made, once there is one for `device`."""
-    raise UserError(f"native kernels for {device.type} are not part of this installation", "--kernels torch")
+def _native(device: torch.device, dtype: torch.dtype) -> Backend:
+    missing = _why_no_native(device, dtype)
+    if missing is not None:
+        hint = "--kernels torch, or install g++ or clang++ and then mambatrain again: its kernels are built with it"
+        raise UserError(f"native kernels cannot run: {missing}", hint)
+    reason = f"C++ for this processor ({native.describe_library()}); ssd is torch's"
+    return Backend("native", reason, native.selective_scan, ssd.ssd, native.causal_conv)
+
+
+def _why_no_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why native kernels cannot run, as a clause; None where they can."""
+    if device.type != "cpu":
+        return f"there are none for {device.type} in this installation"
+    if dtype not in native.FLOATS:
+        return f"they compute float32 and bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
+    return native.why_unavailable()
 
 
 def _torch(reason: str) -> Backend:

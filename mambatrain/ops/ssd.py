@@ -54,7 +54,7 @@ def ssd(
         ValueError: an argument has a wrong shape, dtype or device; nothing was computed.
     """
     check_ssd(x, dt, A, B, C, D, dt_bias, boundaries, initial_state)
-    if boundaries is not None and not all(_is_finite(tensor) for tensor in (x, dt, B, C, initial_state)):
+    if boundaries is not None and not all(_is_finite(tensor) for tensor in (x, dt, B, C)):
         # A matrix product multiplies by its mask and 0 inf is NaN; the serial form drops the state by selection.
         with torch.autocast(x.device.type, enabled=False):
             return reference.ssd(x, dt, A, B, C, D, dt_bias, boundaries=boundaries, initial_state=initial_state)
@@ -64,8 +64,8 @@ def ssd(
     return y, state
 
 
-def _is_finite(tensor: Tensor | None) -> bool:
-    if tensor is None or tensor.numel() == 0:
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
         return True
     low, high = tensor.detach().aminmax()
     return math.isfinite(low) and math.isfinite(high)
@@ -140,7 +140,7 @@ def _segments(x: Tensor) -> list[tuple[slice, int]]:
 
 
 def _inner_state(state: Tensor | None, x: Tensor, B: Tensor) -> Tensor:
-    """(B, H, P, N) in the computing dtype, never the caller's memory."""
+    """(B, H, P, N) in the computing dtype."""
     if state is not None:
-        return state.to(computing_dtype(x), copy=True)
+        return state.to(computing_dtype(x))
     return x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=computing_dtype(x))

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from mambatrain.ops.reference import computing_dtype
 
+LOWEST_EXPONENT = -2000.0  # 2^-1075 is 0 in fp64
+
 
 class Gradients(NamedTuple):
     """Of the arguments, in the layout of the chunks; A is summed over rows and positions."""
@@ -50,19 +52,19 @@ class Chunks:
         self.raw = raw if dt_bias is None else raw + dt_bias.to(dtype)  # (B, K, q, H)
         self.delta = F.softplus(self.raw)
         self.v = self.x * self.delta[..., None]  # (B, K, q, H, P)
-        # Exponents of 2: torch's exp2 takes a quarter of the time of exp on x86. Summed in fp64, because a decay inside
-        # the chunk is the difference of two sums, and both may be large.
-        exponents = (self.delta * (self.A * math.log2(math.e))).double()
-        self.document = None
+        # Exponents of 2: torch's exp2 takes a quarter of the time of exp on x86. In fp64, because a decay inside the
+        # chunk is the difference of two sums, and both may be large; bounded, because one that gives 0 in any dtype may
+        # be as large as it likes, and would drown the others.
+        exponents = (self.delta.double() * (A.double() * math.log2(math.e))).clamp_(min=LOWEST_EXPONENT)
+        self.document = self.started = None
         if boundaries is not None:
-            starts = torch.unflatten(boundaries[:, span], 1, (-1, q))
-            self.document = starts.cumsum(2)  # (B, K, q), counted from the entry
-            exponents.masked_fill_(starts[..., None], 0)
+            self.document = torch.unflatten(boundaries[:, span], 1, (-1, q)).cumsum(2)  # (B, K, q), from the entry on
+            self.started = self.document > 0  # (B, K, q), since the entry
         self.sums = exponents.cumsum(2)  # (B, K, q, H)
         self.from_entry = self.sums.exp2().to(dtype)  # (B, K, q, H), decay from the entry to i
         self.to_exit = (self.sums[:, :, -1:] - self.sums).exp2().to(dtype)  # (B, K, q, H), decay from j to the exit
-        if self.document is not None:
-            self.from_entry.masked_fill_((self.document > 0)[..., None], 0)
+        if self.document is not None and self.started is not None:
+            self.from_entry.masked_fill_(self.started[..., None], 0)
             self.to_exit.masked_fill_((self.document < self.document[:, :, -1:])[..., None], 0)
 
     def pass_states(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +95,9 @@ class Chunks:
         entry_to_i = (g * self._seen(entry)).sum(-1) * self.from_entry  # (B, K, q, H)
         j_to_exit = (dv_exit * self.v).sum(-1)
         entry_to_exit = (carries * entry).sum((-1, -2)) * self.from_entry[:, :, -1]  # (B, K, H)
+        if self.started is not None:  # by selection: the state may have been inf
+            dC.masked_fill_(self.started[:, :, None, :, None], 0)
+            entry_to_exit.masked_fill_(self.started[:, :, -1:], 0)
         dexponent = entry_to_i.flip(2).cumsum(2).flip(2) + entry_to_exit[:, :, None]
         dexponent[:, :, 1:] += j_to_exit.cumsum(2)[:, :, :-1]
 
@@ -128,8 +133,8 @@ class Chunks:
 
     def _pass_on(self, state: Tensor, added: Tensor, k: int) -> Tensor:
         """added + decay over chunk k * state, without the state in rows where a document starts in the chunk."""
-        if self.document is not None:
-            state = state.masked_fill((self.document[:, k, -1] > 0)[:, None, None, None], 0)
+        if self.started is not None:
+            state = state.masked_fill(self.started[:, k, -1, None, None, None], 0)
         return added.addcmul(self.from_entry[:, k, -1, :, None, None], state)
 
     def _decays(self) -> Tensor:
@@ -156,8 +161,9 @@ class Chunks:
         return weights
 
     def _seen(self, entry: Tensor) -> Tensor:
-        """What C reads of the entry states before decay (B, K, q, H, P)."""
-        return self._by_head(self.C @ self._states_by_group(entry).mT)
+        """What C reads of the entry states before decay (B, K, q, H, P); 0 where a document started since."""
+        seen = self._by_head(self.C @ self._states_by_group(entry).mT)
+        return seen if self.started is None else seen.masked_fill_(self.started[..., None, None], 0)
 
     def _states_by_group(self, states: Tensor) -> Tensor:
         """(B, K, H, P, N) -> (B, K, G, R P, N)."""

@@ -91,7 +91,9 @@ def parse_recipe(content: dict[str, Any], origin: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         lines, hint = explain_problems(error)
-        raise UserError(f"{origin} is not a valid recipe:\n" + "\n".join(f"  {line}" for line in lines), hint) from None
+        said = "\n".join(f"  {line}" for line in lines)
+        general = "`mambatrain recipes show demo --resolved` says what each setting means"
+        raise UserError(f"{origin} is not a valid recipe:\n{said}", hint or general) from None
 
 
 def write_recipe(recipe: Recipe) -> str:

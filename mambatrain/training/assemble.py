@@ -18,10 +18,8 @@ from mambatrain.data.tokenizer import have_same_vocabulary
 from mambatrain.devices import (
     DeviceName,
     Precision,
-    available_memory_bytes,
     choose_device,
     measure_peak_flops,
-    resolve_precision,
     start_accelerator,
 )
 from mambatrain.errors import UserError
@@ -38,6 +36,7 @@ from mambatrain.training.loop import TrainingRun
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
 from mambatrain.training.objective import NextTokenLoss
 from mambatrain.training.optimizer import build_optimizer, restore_optimizer
+from mambatrain.training.resolve import Resolved, resolve
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,14 +50,6 @@ class Where:
     kernels: str = "auto"
     tracker: Literal["none", "wandb"] = "none"
     quiet: bool = False
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """What `auto` came to on the first start of a run; kept on every resume."""
-
-    precision: Precision
-    micro_batch_rows: int
 
 
 def assemble(
@@ -86,7 +77,7 @@ def assemble(
     """
     is_main = accelerator.is_main_process
     data = open_data(recipe, weights)
-    backend = choose_backend(where.kernels, accelerator.device)
+    backend = choose_backend(where.kernels, accelerator.device, parameter_dtype(resolved.precision))
     check = check_backend(backend, recipe.model.block, accelerator.device)
     model = build_model(recipe, backend, accelerator.device, resolved.precision, checkpoint, weights)
     objective = NextTokenLoss(model)
@@ -103,7 +94,11 @@ def assemble(
         "device": _device_name(accelerator.device),
         "num_processes": accelerator.num_processes,
         **asdict(resolved),
-        "kernels": {"backend": backend.name, "reason": backend.reason, "self_check": asdict(check)},
+        "kernels": {
+            "backend": backend.name,
+            "reason": backend.reason,
+            "self_check": asdict(check) | {"passed": check.passed},
+        },
         "parameters": count_parameters(recipe.model),
         "peak_flops": peak_flops,
         "peak_flops_source": peak_source,
@@ -134,6 +129,11 @@ def assemble(
         flops_per_token=training_flops_per_token(recipe.model, recipe.data.row_tokens),
         peak_flops=peak_flops,
     )
+
+
+def parameter_dtype(precision: Precision) -> torch.dtype:
+    """Parameters are fp32 under bf16 too: autocast narrows the matrix products alone."""
+    return torch.float64 if precision == "fp64" else torch.float32
 
 
 def open_data(recipe: Recipe, weights: Weights | None) -> TokenCorpus:
@@ -171,7 +171,7 @@ def build_model(
     with torch.device("meta"):
         model = LanguageModel(recipe.model, backend)
     model = model.to_empty(device=device)
-    model.to(torch.float64 if precision == "fp64" else torch.float32)
+    model.to(parameter_dtype(precision))
     model.checkpoint_activations = recipe.training.activation_checkpointing == "every_block"
     if checkpoint is not None:
         fill_parameters(model, _read_tensors(checkpoint / MODEL_FILE))
@@ -190,40 +190,6 @@ def fill_parameters(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"the weights do not fit the recipe's model: {', '.join(sorted(differing)[:5])}")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
-
-
-def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, num_processes: int, fresh: bool) -> Resolved:
-    """Precision and micro-batch: as recorded in the run, or chosen now."""
-    if not fresh and folder.facts_file.is_file():
-        facts = json.loads(folder.facts_file.read_text(encoding="utf-8"))
-        return Resolved(facts["precision"], int(facts["micro_batch_rows"]))
-    precision = resolve_precision(recipe.training.precision, device)
-    asked = recipe.training.micro_batch_rows
-    rows = recipe.rows_per_step // num_processes
-    if rows * num_processes != recipe.rows_per_step:
-        raise UserError(
-            f"{recipe.rows_per_step} rows a step do not divide into {num_processes} processes",
-            "--set training.rows_per_step to a multiple, or start another number of processes",
-        )
-    return Resolved(precision, min(rows, choose_micro_batch_rows(recipe, rows, device) if asked == "auto" else asked))
-
-
-def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device) -> int:
-    """The largest divisor of a rank's rows whose activations fill at most half of the memory that is free.
-
-    Per token and layer about 40 d_model + 20 E bytes are kept for the backward pass in mixed precision, twice that in
-    fp32; with activation checkpointing the block's input alone (4 d_model). An estimate on the safe side.
-    """
-    model = recipe.model
-    per_layer = 2 * (40 * model.d_model + 20 * model.d_inner)
-    if recipe.training.activation_checkpointing == "every_block":
-        kept = model.num_layers * 4 * model.d_model + per_layer
-    else:
-        kept = model.num_layers * per_layer
-    states = 16 * count_parameters(model)["total"]  # weights, gradients, two moments
-    room = max(0.0, 0.5 * (available_memory_bytes(device) - states))
-    fitting = int(room // (kept * recipe.data.row_tokens))
-    return next((n for n in range(min(rows, max(1, fitting)), 0, -1) if rows % n == 0), 1)
 
 
 def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool) -> tuple[Accelerator, Resolved]:

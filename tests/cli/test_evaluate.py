@@ -49,9 +49,8 @@ def failing(result: CompletedProcess[str]) -> str:
 def test_held_out_loss_for_people_and_as_json(
     run_mambatrain: Run, weights: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    result = run_mambatrain(
-        "evaluate", weights, "--data", tiny_shards, "--row-tokens", "64", "--max-tokens", "3000", "--out", "report"
-    )
+    arguments = ["evaluate", weights, "--data", tiny_shards, "--row-tokens", "64", "--max-tokens", "3000"]
+    result = run_mambatrain(*arguments, "--out", "report", "--kernels", "torch")
     assert result.returncode == 0, result.stderr
     numbers = json.loads((tmp_path / "report" / "evaluation.json").read_text())["held_out"]
     # Random weights know nothing: each of the 512 ids is about as likely.
@@ -65,10 +64,23 @@ def test_held_out_loss_for_people_and_as_json(
     assert (tmp_path / "report" / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
     assert "kernels  torch" in result.stderr
 
-    again = run_mambatrain(
-        "evaluate", weights, "--data", tiny_shards, "--row-tokens", "64", "--max-tokens", "3000", "--json", "-"
-    )
-    assert json.loads(again.stdout)["held_out"]["nats_per_token"] == pytest.approx(numbers["nats_per_token"], rel=1e-6)
+    again = run_mambatrain(*arguments, "--json", "-", "--kernels", "reference")
+    assert json.loads(again.stdout)["held_out"]["nats_per_token"] == pytest.approx(numbers["nats_per_token"], rel=1e-5)
+    assert "kernels  reference" in again.stderr
+
+
+def test_a_run_brings_its_own_text_and_has_the_loss_of_its_log(
+    run_mambatrain: Run, write_tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert run_mambatrain("pretrain", write_tiny_recipe(), "--run", "run", "--quiet").returncode == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    last = [line for line in logged if line["event"] == "held_out"][-1]
+    result = run_mambatrain("evaluate", "run", "--json", "-")
+    numbers = json.loads(result.stdout)["held_out"]
+    assert numbers["num_tokens"] == last["held_out_tokens"]
+    assert numbers["nats_per_token"] == pytest.approx(last["held_out_loss"], rel=1e-5)
+    assert numbers["bits_per_byte"] == pytest.approx(last["held_out_bits_per_byte"], rel=1e-5)
+    assert "step-00000012" in result.stderr
 
 
 def test_no_data_is_named_for_weights(run_mambatrain: Run, weights: Path) -> None:

@@ -25,7 +25,6 @@ TASK: dict[str, Any] = {
     "training_split": "train",
     "validation_split": "validation",
     "fewshot_split": "train",
-    "fewshot_config": {"sampler": "first_n", "split": "train"},
     "output_type": "multiple_choice",
     "doc_to_text": "{{question}}",
     "doc_to_choice": "{{choices}}",
@@ -50,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "_template").write_text(yaml.safe_dump(TASK))
     for name in ("colours", "animals"):
         task = {"include": "_template", "task": name, "tag": "quizzes", "description": f"About {name}.\n"}
+        task |= {"fewshot_config": {"sampler": "first_n", "split": "train"}} if name == "colours" else {}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
     (folder / "_quiz.yaml").write_text(yaml.safe_dump({"group": "quiz", "task": ["colours", "animals"]}))
     documents = [{"question": f"Question {n}?", "choices": ["yes", "no"], "answer": n % 2} for n in range(4)]
@@ -83,18 +83,22 @@ def test_an_unknown_name_gets_the_nearest(manager: TaskManager) -> None:
     assert caught.value.hint == "did you mean `colours`?"
 
 
-def test_a_packaged_task_over_local_documents(folder: Path, manager: TaskManager) -> None:
+@pytest.mark.parametrize("name", ["colours", "animals"])
+def test_a_packaged_task_over_local_documents(folder: Path, manager: TaskManager, name: str) -> None:
     """Its definition is kept, template included; its documents, and nothing from the hub, are the file's."""
-    spec = _specifications(["colours"], {"colours": folder / "documents.jsonl"}, manager)["colours"]
-    task = manager.load([spec])["tasks"]["colours"]
+    spec = _specifications([name], {name: folder / "documents.jsonl"}, manager)[name]
+    task = manager.load([spec])["tasks"][name]
     assert [task.doc_to_text(document) for document in task.eval_docs] == [f"Question {n}?" for n in range(4)]
-    assert task.config.description == "About colours.\n"
+    assert task.config.description == f"About {name}.\n"
     assert task.config.doc_to_choice == "{{choices}}"
     task.set_config(key="num_fewshot", value=2)
     task.set_fewshot_seed(seed=1)
-    context = task.fewshot_context(task.eval_docs[0], 2)
-    assert context.startswith("About colours.\n")
-    assert context.endswith("Question 0?") and context.count("Question 0?") == 1  # never its own answer
+    for document in task.eval_docs:
+        context = task.fewshot_context(document, 2)
+        assert context.startswith(f"About {name}.\n")
+        assert context.endswith(document["question"])
+        assert context.count(document["question"]) == 1  # never with its own answer
+        assert context.count("Question") == 3
 
 
 @pytest.mark.parametrize("name", ["quiz", "quizzes"])
@@ -110,7 +114,7 @@ def test_documents_of_a_task_that_does_not_run(folder: Path, manager: TaskManage
 
 
 def test_documents_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
-    task = {**TASK, "task": "misfit", "dataset_path": "json", "dataset_name": None, "fewshot_config": None}
+    task = {**TASK, "task": "misfit", "dataset_path": "json", "dataset_name": None}
     task |= {"dataset_kwargs": {"data_files": {"validation": str(folder / "others.jsonl")}}}
     task |= {"training_split": None, "fewshot_split": None}
     file = tmp_path / "misfit.yaml"

@@ -111,8 +111,9 @@ def test_temperature_0_is_greedy_and_draws_nothing() -> None:
 
 
 def test_a_tiny_temperature_is_nearly_greedy() -> None:
-    settings = SamplingSettings(temperature=1e-30)
-    assert sample(torch.tensor([0.1, 2.0, 1.9]), settings, settings.generator(), [], 3) == 1
+    settings = SamplingSettings(temperature=1e-35)
+    logits = torch.tensor([1.0, 20_000.0, 19_000.0])  # over the temperature, beyond what fp32 holds
+    assert sample(logits, settings, settings.generator(), [], 3) == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -18,6 +18,9 @@ from mambatrain.recipe import (
 )
 
 
+GENERAL = "`mambatrain recipes show demo --resolved` says what each setting means"
+
+
 def problem_of(*overrides: str, name: str = "demo") -> tuple[list[str], str | None]:
     """The lines under `... is not a valid recipe:` and the hint."""
     with pytest.raises(UserError) as caught:
@@ -30,25 +33,25 @@ def problem_of(*overrides: str, name: str = "demo") -> tuple[list[str], str | No
 @pytest.mark.parametrize(
     ("override", "line", "hint"),
     [
-        ("model.d_state=foo", "model.d_state: input should be a valid integer or 'auto', not 'foo'", None),
-        ("model.dt_rank=0", "model.dt_rank: input should be greater than or equal to 1 or 'auto', not 0", None),
-        ("model.block=mamba3", "model.block: input should be 'mamba1' or 'mamba2', not 'mamba3'", None),
-        ("model.d_model=", "model.d_model: input should be a valid integer, not null", None),
-        ("model.d_model=wide", "model.d_model: input should be a valid integer, not 'wide'", None),
+        ("model.d_state=foo", "model.d_state: input should be a valid integer or 'auto', not 'foo'", GENERAL),
+        ("model.dt_rank=0", "model.dt_rank: input should be greater than or equal to 1 or 'auto', not 0", GENERAL),
+        ("model.block=mamba3", "model.block: input should be 'mamba1' or 'mamba2', not 'mamba3'", GENERAL),
+        ("model.d_model=", "model.d_model: input should be a valid integer, not null", GENERAL),
+        ("model.d_model=wide", "model.d_model: input should be a valid integer, not 'wide'", GENERAL),
         (
             "model.tie_embeddings=on",
             "model.tie_embeddings: input should be a valid boolean, not 'on'",
             "write true or false",
         ),
         ("model.conv_bias=1", "model.conv_bias: input should be a valid boolean, not 1", "write true or false"),
-        ("optimizer.beta1=2", "optimizer.beta1: input should be less than 1, not 2", None),
-        ("optimizer.eps=.inf", "optimizer.eps: input should be a valid number, not '.inf'", None),
-        ("optimizer.eps=1e999", "optimizer.eps: input should be a finite number, not inf", None),
-        ("evaluation.every_steps=true", "evaluation.every_steps: input should be a valid integer, not True", None),
-        ("data.row_tokens=0", "data.row_tokens: input should be greater than or equal to 1, not 0", None),
-        ("about=5", "about: input should be a valid string, not 5", None),
-        ("model=5", "model: input should be a section of settings, not 5", None),
-        ("model=", "model: input should be a section of settings, not null", None),
+        ("optimizer.beta1=2", "optimizer.beta1: input should be less than 1, not 2", GENERAL),
+        ("optimizer.eps=.inf", "optimizer.eps: input should be a valid number, not '.inf'", GENERAL),
+        ("optimizer.eps=1e999", "optimizer.eps: input should be a finite number, not inf", GENERAL),
+        ("evaluation.every_steps=true", "evaluation.every_steps: input should be a valid integer, not True", GENERAL),
+        ("data.row_tokens=0", "data.row_tokens: input should be greater than or equal to 1, not 0", GENERAL),
+        ("about=5", "about: input should be a valid string, not 5", GENERAL),
+        ("model=5", "model: input should be a section of settings, not 5", GENERAL),
+        ("model=", "model: input should be a section of settings, not null", GENERAL),
         (
             "model.d_model='256'",
             "model.d_model: input should be a valid integer, not '256'",
@@ -73,10 +76,10 @@ def problem_of(*overrides: str, name: str = "demo") -> tuple[list[str], str | No
         ),
         ("modle.d_model=1", "modle: no such setting", "did you mean `model`?"),
         ("data.zzz=1", "data.zzz: no such setting", "`mambatrain recipes show demo --resolved` lists every setting"),
-        ("training.total_steps=5", "training: give exactly one of total_steps and total_tokens; null unsets", None),
-        ("schedule.warmup_steps=587", "schedule.warmup_steps 587 exceeds 586 steps", None),
-        ("model.num_groups=2", "model: num_groups belongs to mamba2; remove it", None),
-        ("model.dt_min=1", "model: dt_min 1.0 is above dt_max 0.1", None),
+        ("training.total_steps=5", "training: give exactly one of total_steps and total_tokens; null unsets", GENERAL),
+        ("schedule.warmup_steps=587", "schedule.warmup_steps 587 exceeds 586 steps", GENERAL),
+        ("model.num_groups=2", "model: num_groups belongs to mamba2; remove it", GENERAL),
+        ("model.dt_min=1", "model: dt_min 1.0 is above dt_max 0.1", GENERAL),
     ],
 )
 def test_one_mistake(override: str, line: str, hint: str | None) -> None:

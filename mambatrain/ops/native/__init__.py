@@ -1,0 +1,7 @@
+"""The operators in C++ for CPUs (`kernels/cpu`), behind the signatures of `ops/reference.py`."""
+
+from mambatrain.ops.native.causal_conv import causal_conv
+from mambatrain.ops.native.library import FLOATS, describe_library, why_unavailable
+from mambatrain.ops.native.selective_scan import selective_scan
+
+__all__ = ["FLOATS", "causal_conv", "describe_library", "selective_scan", "why_unavailable"]
