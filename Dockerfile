@@ -1,15 +1,16 @@
 # mambatrain on NVIDIA GPUs:
 #   docker build -t mambatrain .
 #   docker run --gpus all -v "$PWD":/home/trainer/work mambatrain pretrain demo --run runs/demo
-# torch brings its own CUDA libraries; the image gives the driver's interface. Each install command below runs in a test
-# (tests/cli/test_dockerfile.py); the image as a whole has not been built where this was written.
+# torch brings its own CUDA libraries; the image gives the driver's interface, and g++ compiles the kernels for CPUs.
+# The Python commands below run in a test (tests/cli/test_dockerfile.py); the image as a whole has not been built where
+# this was written.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
 
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && apt-get install --yes --no-install-recommends g++ python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
-COPY pyproject.toml constraints.txt README.md LICENSE /src/
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE /src/
 COPY mambatrain /src/mambatrain
 COPY kernels /src/kernels
 COPY recipes /src/recipes

@@ -22,8 +22,8 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/python data_scripts/python_stdlib.py --out $(DEMO)/corpus.jsonl
 	$(RUN) tokenizer train $(DEMO)/corpus.jsonl --vocab-size 4096 --out $(DEMO)/tokenizer.json
-	$(RUN) tokenize $(DEMO)/corpus.jsonl --tokenizer $(DEMO)/tokenizer.json --out $(DEMO)/shards
-	$(RUN) pretrain demo --run $(DEMO)/run
+	$(RUN) tokenize $(DEMO)/corpus.jsonl --tokenizer $(DEMO)/tokenizer.json --out $(DEMO)/shards --held-out 0.02
+	$(RUN) pretrain demo --run $(DEMO)/run --set data.shards=$(DEMO)/shards
 	$(RUN) evaluate $(DEMO)/run --json $(DEMO)/evaluation.json
 	@printf 'def ' > $(DEMO)/sample.py
 	$(RUN) generate $(DEMO)/run --prompt 'def ' --seed 1 >> $(DEMO)/sample.py

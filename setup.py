@@ -39,7 +39,9 @@ class BuildKernels(Command):
     """A step of `build`, under the names that setuptools expects of one."""
 
     description = "compile the C++ kernels"
-    user_options: ClassVar = [("editable-mode", "i", "put them into the source tree, where an editable installation finds them")]
+    user_options: ClassVar = [
+        ("editable-mode", "i", "put them into the source tree, where an editable installation finds them")
+    ]
     boolean_options: ClassVar = ["editable-mode"]
 
     def initialize_options(self):

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mambatrain.data.staging import sha256_of, write_errors_named, write_file
 from mambatrain.errors import UserError
+from mambatrain.files import sha256_of, write_errors_named, write_json_whole
 
 LINE_INTERVAL_SECONDS = 5.0
 MAX_FAILURES_NAMED = 20
@@ -70,7 +70,7 @@ def write_corpus(
         with write_errors_named(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             record = {"about": asdict(about), "options": options, **_write_rows(out, rows(), expected_documents)}
-            write_file(record_file, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+            write_json_whole(record_file, record)
     print(f"documents  {record['num_documents']:,}")
     print(f"failures   {record['num_failures']:,}")
     print(f"text       {record['num_text_bytes']:,} bytes")

@@ -1,4 +1,4 @@
-"""FineWeb-Edu, a sample of 10 (or 100, or 350) billion tokens: web pages that a classifier found to be of educational value.
+"""FineWeb-Edu, a sample of 10 (or 100, or 350) billion tokens: web pages that a classifier found to educate.
 
 Source:  https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu, sample-10BT (arXiv 2406.17557)
 Licence: ODC-By 1.0; the pages themselves stand under Common Crawl's terms of use

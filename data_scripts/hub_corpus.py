@@ -12,8 +12,8 @@ from pathlib import Path
 from corpus_writer import About, Row, run_script, write_corpus
 
 from mambatrain.data.sources import missing_file
-from mambatrain.data.staging import sha256_of
 from mambatrain.errors import UserError, nearest
+from mambatrain.files import sha256_of
 
 _BUILDER_OF_ENDING = {".parquet": "parquet", ".jsonl": "json"}
 
@@ -72,7 +72,7 @@ def _write(
 ) -> None:
     limit = arguments.limit_documents
     if limit is not None and limit < 1:
-        raise UserError(f"--limit-documents {limit} leaves no document")
+        raise UserError(f"--limit-documents {limit} leaves no document", "for example --limit-documents 1000")
     options: Row = {"split": arguments.split, "limit_documents": limit}
     if arguments.data_files:
         _check_data_files(arguments.data_files)
@@ -92,9 +92,11 @@ def _write(
 def _check_data_files(files: list[Path]) -> None:
     for file in files:
         if not file.is_file():
-            raise missing_file(file)
+            raise missing_file(file, "name .parquet or .jsonl files")
         if file.suffix not in _BUILDER_OF_ENDING:
-            raise UserError(f"--data-files {file} is neither a .parquet nor a .jsonl file")
+            raise UserError(
+                f"--data-files {file} is neither a .parquet nor a .jsonl file", "its ending says how it is read"
+            )
     if len({file.suffix for file in files}) > 1:
         raise UserError("--data-files names files of two kinds", "give .parquet files or .jsonl files")
 

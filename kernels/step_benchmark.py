@@ -115,9 +115,8 @@ def main() -> None:
     tokens = torch.randint(0, recipe.model.vocab_size, shape, generator=generator)
     medians = median_seconds(candidates(recipe, tokens), arguments.repeats)
     baseline = medians["transformers + mamba.py, fp32"]
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {recipe.tokens_per_step:,} tokens a step"
-    )
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{machine}; {recipe.tokens_per_step:,} tokens a step")
     print(f"{'':<32}{'ms a step':>12}{'tokens/s':>12}{'times':>8}")
     for name, seconds in medians.items():
         print(f"{name:<32}{seconds * 1e3:>12.0f}{recipe.tokens_per_step / seconds:>12,.0f}{baseline / seconds:>8.1f}")

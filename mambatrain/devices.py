@@ -40,6 +40,12 @@ _REFUSED_ENTRIES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
+# The same, for entries that have a value: what may stay, and what the recipe calls it.
+_REFUSED_VALUES = {
+    "ACCELERATE_MIXED_PRECISION": ({"no"}, "training.precision"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ({"1"}, "training.micro_batch_rows"),
+    "ACCELERATE_DYNAMO_BACKEND": ({"no"}, "nothing: models are not compiled"),
+}
 
 
 def choose_device(asked: DeviceName) -> torch.device:
@@ -91,7 +97,14 @@ def start_accelerator(device: torch.device, precision: Precision) -> Accelerator
                 f"the accelerate configuration asks for {what}; only its processes and rendezvous are honoured",
                 f"remove {what} from the file that `accelerate config` wrote, or launch with torchrun",
             )
+    for variable, (neutral, setting) in _REFUSED_VALUES.items():
+        if (value := os.environ.get(variable, "").lower()) and value not in neutral:
+            raise UserError(
+                f"the accelerate configuration sets {variable}={value}; only its processes and rendezvous are honoured",
+                f"unset {variable}; the recipe says it with {setting}",
+            )
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(OMP_NUM_THREADS|pin_memory).*")
@@ -99,6 +112,9 @@ def start_accelerator(device: torch.device, precision: Precision) -> Accelerator
             cpu=device.type == "cpu",
             mixed_precision="bf16" if precision == "bf16" else "no",
             gradient_accumulation_steps=1,  # the loop accumulates and divides by counted targets itself
+            # DDP would regroup its buckets after the first backward pass, so that a resumed process summed gradients
+            # over ranks in another order than one that never stopped. Looking for unused parameters keeps the buckets.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     expected = num_processes_expected()
     if accelerator.num_processes != expected:

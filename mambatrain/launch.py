@@ -10,11 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: stopped as asked, and resumable
 WORKER_VARIABLE = "MAMBATRAIN_WORKER"
+_SIGNALS_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def is_worker() -> bool:
@@ -35,36 +37,36 @@ def num_processes_expected() -> int:
 def launch_workers(arguments: list[str], num_processes: int, stopped_marker: Path) -> int:
     """Runs `mambatrain ARGUMENTS` in processes of this machine and returns the exit code for the shell.
 
-    SIGTERM, SIGINT and SIGUSR1 to this process are handed to the workers as SIGTERM, which asks them to save and stop;
-    they run in a session of their own, so that a terminal's Ctrl-C reaches them through here alone.
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1 to this process are handed to the workers as SIGTERM, which asks them to save
+    and stop; they run in a session of their own, so that a terminal's Ctrl-C reaches them through here alone.
     """
     import psutil
 
     environment = dict(os.environ)
     environment[WORKER_VARIABLE] = "1"
-    environment["PYTHONSAFEPATH"] = "1"  # `-m` would put the working folder first: its `kernels/` is no package of ours
+    environment["PYTHONSAFEPATH"] = "1"  # `-m` would put the working folder, which may hold `kernels/`, first
     # torchrun would give every process one thread.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     command = [sys.executable, "-m", "mambatrain.launch", f"--nproc-per-node={num_processes}", "--standalone"]
-    torchrun = subprocess.Popen([*command, "-m", "--", "mambatrain", *arguments], env=environment, start_new_session=True)
+    torchrun: list[subprocess.Popen[bytes]] = []
 
     def pass_on(signal_number: int, frame: FrameType | None) -> None:
-        try:
-            workers = psutil.Process(torchrun.pid).children()
-        except psutil.NoSuchProcess:
-            return
-        for worker in workers or [torchrun]:
-            worker.send_signal(signal.SIGTERM)
+        for process in torchrun:
+            with suppress(psutil.NoSuchProcess):
+                for worker in psutil.Process(process.pid).children() or [process]:
+                    worker.send_signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, pass_on) for number in _SIGNALS_PASSED_ON}
     try:
-        exit_code = torchrun.wait()
+        worker_command = [*command, "-m", "--", "mambatrain", *arguments]
+        torchrun.append(subprocess.Popen(worker_command, env=environment, start_new_session=True))
+        exit_code = torchrun[0].wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if stopped_marker.is_file():
-        return EXIT_STOPPED
-    return 0 if exit_code == 0 else 1
+    if exit_code != 0:
+        return 1
+    return EXIT_STOPPED if stopped_marker.is_file() else 0
 
 
 def _run_torchrun() -> None:

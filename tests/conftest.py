@@ -23,6 +23,7 @@ MAX_THREADS = 2  # more gains nothing on tests this small, and another number of
 
 # Before anything imports these packages; commands that tests start inherit it.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it
 # The same examples in every run; a busy machine is no failure.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
@@ -139,7 +140,10 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write_tiny_recipe(tiny_shards: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a recipe of a model that trains in a second; keyword arguments replace settings by `section__field`."""
+    """Writes a recipe of a model that trains in a second.
+
+    `section__field=value` replaces a setting, `section=None` leaves a section out.
+    """
     import yaml
 
     def write(**changes: Any) -> Path:
@@ -152,8 +156,11 @@ def write_tiny_recipe(tiny_shards: Path, tmp_path: Path) -> Callable[..., Path]:
             "checkpoint": {"every_steps": 4, "keep_newest": 2},
         }
         for path, value in changes.items():
-            section, field = path.split("__")
-            content.setdefault(section, {})[field] = value
+            section, _, field = path.partition("__")
+            if field:
+                content[section][field] = value
+            else:
+                content[section] = value
         file = tmp_path / f"recipe-{len(list(tmp_path.iterdir()))}.yaml"
         file.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
         return file

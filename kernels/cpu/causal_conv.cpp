@@ -10,6 +10,7 @@ namespace {
 constexpr int BLOCK = 128;      // positions
 constexpr int TILE = 512;       // channels: the rows that a position sees and all taps stay in the first cache
 constexpr int MAX_TAPS = 4;
+constexpr int GROUP = 4;        // positions worked on at once where nothing interrupts them
 
 }  // namespace
 
@@ -45,6 +46,14 @@ struct ConvArguments {
             if (boundaries && later >= 0 && later < length && boundaries[row * length + later]) break;
         }
         return count;
+    }
+
+    // Do positions t .. t + count - 1 use all taps, on the sequence alone?
+    bool sees_all(int64_t row, int64_t t, int64_t count) const {
+        if (t < taps - 1) return false;
+        for (int64_t i = t - taps + 2; boundaries && i < t + count; ++i)
+            if (boundaries[row * length + i]) return false;
+        return true;
     }
 };
 
@@ -96,6 +105,19 @@ INLINE void find_inputs(const ConvArguments& args, int64_t row, int64_t t, int64
     }
 }
 
+// Item of work: channels first .. first + size of one row, positions begin .. end.
+struct Item {
+    int64_t row, block, first, size, begin, end;
+
+    Item(const ConvArguments& args, int64_t index)
+        : row(index / args.tiles() / args.blocks()),
+          block(index / args.tiles() % args.blocks()),
+          first(index % args.tiles() * TILE),
+          size(args.channels - first < TILE ? args.channels - first : TILE),
+          begin(block * BLOCK),
+          end(begin + BLOCK < args.length ? begin + BLOCK : args.length) {}
+};
+
 template <int TAPS>
 struct ForwardWorker {
     const ConvArguments& args;
@@ -104,33 +126,66 @@ struct ForwardWorker {
 
     explicit ForwardWorker(const ConvArguments& args) : args(args) {}
 
-    void operator()(int64_t item) {
-        const int64_t tile = item % args.tiles(), block = item / args.tiles() % args.blocks();
-        const int64_t row = item / args.tiles() / args.blocks(), first = tile * TILE;
-        const int64_t size = args.channels - first < TILE ? args.channels - first : TILE;
-        const int64_t end = (block + 1) * BLOCK < args.length ? (block + 1) * BLOCK : args.length;
-        taps.read(args, first, size);
-        for (int64_t t = block * BLOCK; t < end; ++t) {
-            Slice inputs[TAPS], out = slice(args.out, row, t, first);
-            find_inputs<TAPS>(args, row, t, first, inputs);
-            for (int64_t c = 0; c < size; c += WIDTH) {
-                const int count = size - c < WIDTH ? int(size - c) : WIDTH;
-                Floats p = load_floats(taps.bias + c);
-                for (int k = 0; k < TAPS; ++k) p += inputs[k].at(c, count) * load_floats(taps.weight[k] + c);
-                out.put(c, count, p * sigmoid(p, exp2));
+    void operator()(int64_t index) {
+        const Item item(args, index);
+        taps.read(args, item.first, item.size);
+        for (int64_t t = item.begin; t < item.end;) {
+            if (t + GROUP <= item.end && args.sees_all(item.row, t, GROUP)) {
+                convolve_group(item, t);
+                t += GROUP;
+            } else {
+                convolve(item, t++, 0);
             }
         }
-        if (end == args.length) write_window(row, first, size);
+        if (item.end == args.length) write_window(item);
     }
 
   private:
-    void write_window(int64_t row, int64_t first, int64_t size) {
+    // Channels from the `begin`-th of the item on.
+    void convolve(const Item& item, int64_t t, int64_t begin) {
+        Slice inputs[TAPS], out = slice(args.out, item.row, t, item.first);
+        find_inputs<TAPS>(args, item.row, t, item.first, inputs);
+        for (int64_t c = begin; c < item.size; c += WIDTH) {
+            const int count = item.size - c < WIDTH ? int(item.size - c) : WIDTH;
+            Floats p = load_floats(taps.bias + c);
+            for (int k = 0; k < TAPS; ++k) p += inputs[k].at(c, count) * load_floats(taps.weight[k] + c);
+            out.put(c, count, p * sigmoid(p, exp2));
+        }
+    }
+
+    void convolve_group(const Item& item, int64_t t) {
+        const Slice x = slice(args.x, item.row, t - TAPS + 1, item.first);
+        const Slice out = slice(args.out, item.row, t, item.first);
+        const int64_t full = item.size / WIDTH * WIDTH;
+        if (x.dtype == FP32)
+            convolve_group(static_cast<const float*>(x.data), static_cast<float*>(out.data), full);
+        else
+            convolve_group(static_cast<const Half*>(x.data), static_cast<Half*>(out.data), full);
+        for (int i = 0; full < item.size && i < GROUP; ++i) convolve(item, t + i, full);
+    }
+
+    // GROUP positions that see nothing but the sequence: each input is read once for all of them.
+    template <class Element>
+    NOINLINE void convolve_group(const Element* x, Element* out, int64_t size) {
+        const int64_t step = args.x.time_stride, out_step = args.out.time_stride;
+        for (int64_t c = 0; c < size; c += WIDTH) {
+            Floats seen[GROUP + TAPS - 1];
+            for (int i = 0; i < GROUP + TAPS - 1; ++i) seen[i] = load_full(x + i * step + c);
+            for (int i = 0; i < GROUP; ++i) {
+                Floats p = load_floats(taps.bias + c);
+                for (int k = 0; k < TAPS; ++k) p += seen[i + TAPS - 1 - k] * load_floats(taps.weight[k] + c);
+                store_full(out + i * out_step + c, p * sigmoid(p, exp2));
+            }
+        }
+    }
+
+    void write_window(const Item& item) {
         Slice inputs[TAPS];
-        find_inputs<TAPS>(args, row, args.length, first, inputs);  // inputs[k] is position length - k
+        find_inputs<TAPS>(args, item.row, args.length, item.first, inputs);  // inputs[k] is position length - k
         for (int k = 1; k < TAPS; ++k) {
-            Slice to = slice(args.final_window, row, TAPS - 1 - k, first);
-            for (int64_t c = 0; c < size; c += WIDTH) {
-                const int count = size - c < WIDTH ? int(size - c) : WIDTH;
+            Slice to = slice(args.final_window, item.row, TAPS - 1 - k, item.first);
+            for (int64_t c = 0; c < item.size; c += WIDTH) {
+                const int count = item.size - c < WIDTH ? int(item.size - c) : WIDTH;
                 to.put(c, count, inputs[k].at(c, count));
             }
         }
@@ -139,72 +194,130 @@ struct ForwardWorker {
 
 template <int TAPS>
 struct BackwardWorker {
+    static constexpr int KEPT = 8;  // positions whose gp is kept, a power of 2 of at least GROUP + TAPS - 1
     const ConvArguments& args;
     float* partial;  // (B, blocks, TAPS + 1, D): the gradients of weight and bias from one block
     Taps taps;
     Exp2 exp2;
-    alignas(64) float gp[TAPS][TILE];      // gradient before SiLU, position t in row t % TAPS
-    alignas(64) float sums[TAPS + 1][TILE];
+    alignas(64) float gp[KEPT][TILE];        // gradient before SiLU, of position t in row t % KEPT
+    alignas(64) float sums[TAPS + 1][TILE];  // the gradients of weight and bias
 
     BackwardWorker(const ConvArguments& args, float* partial) : args(args), partial(partial) {}
 
-    void operator()(int64_t item) {
-        const int64_t tile = item % args.tiles(), block = item / args.tiles() % args.blocks();
-        const int64_t row = item / args.tiles() / args.blocks(), first = tile * TILE;
-        const int64_t size = args.channels - first < TILE ? args.channels - first : TILE;
-        const int64_t begin = block * BLOCK, end = begin + BLOCK < args.length ? begin + BLOCK : args.length;
-        taps.read(args, first, size);
+    void operator()(int64_t index) {
+        const Item item(args, index);
+        taps.read(args, item.first, item.size);
         std::memset(sums, 0, sizeof sums);
         std::memset(gp, 0, sizeof gp);
         // The inputs of the block and, for the first one, the window before it; each is done when gp has come as far as
         // TAPS - 1 positions behind it, which may lie in the next block.
-        int64_t input = block == 0 ? 1 - TAPS : begin;
-        for (int64_t t = begin; input < end; ++t) {
-            if (t < args.length) differentiate(row, t, first, size, t < end);
-            if (input + TAPS - 1 <= t) write_input(row, input++, first, size);
+        int64_t input = item.block == 0 ? 1 - TAPS : item.begin;
+        for (int64_t t = item.begin; input < item.end;) {
+            if (t + GROUP <= item.end && args.sees_all(item.row, t, GROUP)) {
+                differentiate_group(item, t);
+                t += GROUP;
+            } else {
+                if (t < args.length) differentiate(item, t, 0, t < item.end);
+                ++t;
+            }
+            while (input < item.end && input + TAPS <= t) write_input(item, input++);
         }
-        float* to = partial + (row * args.blocks() + block) * (TAPS + 1) * args.channels + first;
-        for (int k = 0; k <= TAPS; ++k) std::memcpy(to + k * args.channels, sums[k], size * sizeof(float));
+        float* to = partial + (item.row * args.blocks() + item.block) * (TAPS + 1) * args.channels + item.first;
+        for (int k = 0; k <= TAPS; ++k) std::memcpy(to + k * args.channels, sums[k], item.size * sizeof(float));
     }
 
   private:
-    void differentiate(int64_t row, int64_t t, int64_t first, int64_t size, bool counts) {
-        Slice inputs[TAPS], grad = slice(args.grad_out, row, t, first);
-        find_inputs<TAPS>(args, row, t, first, inputs);
-        float* to = gp[t % TAPS];
-        for (int64_t c = 0; c < size; c += WIDTH) {
-            const int count = size - c < WIDTH ? int(size - c) : WIDTH;
+    INLINE Floats through_silu(Floats grad, Floats p) const {
+        Floats s = sigmoid(p, exp2);
+        return grad * (s * (1.0f + p * (1.0f - s)));
+    }
+
+    // Channels from the `begin`-th of the item on; the sums count the item's own positions alone.
+    void differentiate(const Item& item, int64_t t, int64_t begin, bool counts) {
+        Slice inputs[TAPS], grad = slice(args.grad_out, item.row, t, item.first);
+        find_inputs<TAPS>(args, item.row, t, item.first, inputs);
+        for (int64_t c = begin; c < item.size; c += WIDTH) {
+            const int count = item.size - c < WIDTH ? int(item.size - c) : WIDTH;
             Floats p = load_floats(taps.bias + c), x[TAPS];
             for (int k = 0; k < TAPS; ++k) {
                 x[k] = inputs[k].at(c, count);
                 p += x[k] * load_floats(taps.weight[k] + c);
             }
-            Floats s = sigmoid(p, exp2);
-            Floats g = grad.at(c, count) * (s * (1.0f + p * (1.0f - s)));
-            store_floats(to + c, g);
+            Floats g = through_silu(grad.at(c, count), p);
+            store_floats(gp[t % KEPT] + c, g);
             if (!counts) continue;
             for (int k = 0; k < TAPS; ++k) store_floats(sums[k] + c, load_floats(sums[k] + c) + g * x[k]);
             store_floats(sums[TAPS] + c, load_floats(sums[TAPS] + c) + g);
         }
     }
 
+    void differentiate_group(const Item& item, int64_t t) {
+        const Slice x = slice(args.x, item.row, t - TAPS + 1, item.first);
+        const int64_t full = item.size / WIDTH * WIDTH;
+        if (x.dtype == FP32)
+            differentiate_group(item, t, static_cast<const float*>(x.data), full);
+        else
+            differentiate_group(item, t, static_cast<const Half*>(x.data), full);
+        for (int i = 0; full < item.size && i < GROUP; ++i) differentiate(item, t + i, full, true);
+    }
+
+    template <class Element>
+    NOINLINE void differentiate_group(const Item& item, int64_t t, const Element* x, int64_t size) {
+        Slice grad[GROUP];
+        for (int i = 0; i < GROUP; ++i) grad[i] = slice(args.grad_out, item.row, t + i, item.first);
+        const int64_t step = args.x.time_stride;
+        for (int64_t c = 0; c < size; c += WIDTH) {
+            Floats seen[GROUP + TAPS - 1], g[GROUP];
+            for (int i = 0; i < GROUP + TAPS - 1; ++i) seen[i] = load_full(x + i * step + c);
+            for (int i = 0; i < GROUP; ++i) {
+                Floats p = load_floats(taps.bias + c);
+                for (int k = 0; k < TAPS; ++k) p += seen[i + TAPS - 1 - k] * load_floats(taps.weight[k] + c);
+                g[i] = through_silu(grad[i].at(c, WIDTH), p);
+                store_floats(gp[(t + i) % KEPT] + c, g[i]);
+            }
+            for (int k = 0; k <= TAPS; ++k) {
+                Floats sum = load_floats(sums[k] + c);
+                for (int i = 0; i < GROUP; ++i) sum += k < TAPS ? g[i] * seen[i + TAPS - 1 - k] : g[i];
+                store_floats(sums[k] + c, sum);
+            }
+        }
+    }
+
     // The gradient of input s, from the positions s + k that see it and from the window that is handed on.
-    void write_input(int64_t row, int64_t s, int64_t first, int64_t size) {
+    void write_input(const Item& item, int64_t s) {
         const View& view = s < 0 ? args.dinitial : args.dx;
         if (!view.data) return;
-        Slice to = slice(view, row, s < 0 ? TAPS - 1 + s : s, first), window = {nullptr, FP32};
+        Slice to = slice(view, item.row, s < 0 ? TAPS - 1 + s : s, item.first), window = {nullptr, FP32};
         const int64_t ahead = args.length - s;  // the window holds inputs 1 .. TAPS - 1 before position `length`
-        if (ahead < TAPS && ahead < args.reach(row, args.length))
-            window = slice(args.grad_window, row, TAPS - 1 - ahead, first);
-        bool seen[TAPS];
-        for (int k = 0; k < TAPS; ++k)
-            seen[k] = s + k >= 0 && s + k < args.length && k < args.reach(row, s + k);
-        for (int64_t c = 0; c < size; c += WIDTH) {
-            const int count = size - c < WIDTH ? int(size - c) : WIDTH;
+        if (ahead < TAPS && ahead < args.reach(item.row, args.length))
+            window = slice(args.grad_window, item.row, TAPS - 1 - ahead, item.first);
+        const float* seen_by[TAPS];
+        bool all = !window.data;
+        for (int k = 0; k < TAPS; ++k) {
+            const bool sees = s + k >= 0 && s + k < args.length && k < args.reach(item.row, s + k);
+            seen_by[k] = sees ? gp[(s + k) % KEPT] : nullptr;
+            all = all && sees;
+        }
+        const int64_t full = all ? item.size / WIDTH * WIDTH : 0;
+        if (full && to.dtype == FP32)
+            add_taps(seen_by, static_cast<float*>(to.data), full);
+        else if (full)
+            add_taps(seen_by, static_cast<Half*>(to.data), full);
+        for (int64_t c = full; c < item.size; c += WIDTH) {
+            const int count = item.size - c < WIDTH ? int(item.size - c) : WIDTH;
             Floats g = window.at(c, count);
-            for (int k = 0; k < TAPS; ++k)
-                if (seen[k]) g += load_floats(gp[(s + k) % TAPS] + c) * load_floats(taps.weight[k] + c);
+            for (int k = TAPS - 1; k >= 0; --k)  // from the last to the first, as when the row is cut in two
+                if (seen_by[k]) g += load_floats(seen_by[k] + c) * load_floats(taps.weight[k] + c);
             to.put(c, count, g);
+        }
+    }
+
+    template <class Element>
+    INLINE void add_taps(const float* const (&seen_by)[TAPS], Element* to, int64_t size) {
+        for (int64_t c = 0; c < size; c += WIDTH) {
+            Floats g = {};
+            for (int k = TAPS - 1; k >= 0; --k) g += load_floats(seen_by[k] + c) * load_floats(taps.weight[k] + c);
+            store_full(to + c, g);
         }
     }
 };

@@ -15,7 +15,6 @@ struct Column {
     int count;
 
     INLINE void prefetch(int64_t t) const { __builtin_prefetch(data + t * step); }
-    INLINE void prefetch_for_writing(int64_t t) const { __builtin_prefetch(data + t * step, 1); }
     INLINE Floats operator[](int64_t t) const { return count ? load(data + t * step, dtype, 0, count) : Floats{}; }
     INLINE void set(int64_t t, Floats x) const {
         if (count) store(data + t * step, dtype, 0, count, x);

@@ -6,17 +6,11 @@
 
 #include "memory.h"
 
-#ifndef CH
-#define CH 32
-#endif
-constexpr int CHUNK = CH;  // positions
+constexpr int CHUNK = 32;        // positions
 constexpr int STATES_STEP = 8;   // the number of states is padded to a multiple of this with A = B = C = 0
 
 constexpr int MAX_STATES = 256;
-#ifndef SP
-#define SP 256
-#endif
-constexpr int SPAN = SP;  // channels
+constexpr int SPAN = 512;        // channels of one item of work, at most
 
 // Mirrored by ctypes in mambatrain/ops/native/selective_scan.py: the same fields in the same order.
 struct ScanArguments {

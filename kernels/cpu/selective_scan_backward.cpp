@@ -3,14 +3,8 @@
 
 namespace {
 
-#ifndef VE
-#define VE 2
-#endif
-#ifndef ST
-#define ST 4
-#endif
-constexpr int VECTORS = VE;
-constexpr int STATES = ST;
+constexpr int VECTORS = 2;  // vectors of channels that go back through time together, for
+constexpr int STATES = 4;   // so many states at a time: their adjoints and the gradients of A stay in registers
 
 // Channels whose dB and dC are added up before they are written: the more, the less memory and the fewer items of work.
 // With these (B, L, groups, 2 N) is never larger than (B, L, E).
@@ -112,20 +106,17 @@ struct BackwardWorker {
         for (int v = 0; v < VECTORS; ++v) write_channels(row, chunk, vector + v, v, first + v);
     }
 
-    __attribute__((noinline)) void read_channels(int64_t row, int64_t chunk, int64_t vector, int v, Floats D,
+    NOINLINE void read_channels(int64_t row, int64_t chunk, int64_t vector, int v, Floats D,
                                                   Floats bias) {
         const int64_t channel = vector * WIDTH, begin = chunk * CHUNK;
         const int lanes = args.lanes(vector), length = args.chunk_length(chunk);
         const Column u = args.u.column(row, begin, channel, lanes), raw = args.dt.column(row, begin, channel, lanes);
         const Column grad = args.grad_out.column(row, begin, channel, lanes);
         const Column gate = args.z.column(row, begin, channel, lanes);
-        const Column du = args.du.column(row, begin, channel, lanes), ddt = args.ddt.column(row, begin, channel, lanes);
-        const Column dz = args.dz.column(row, begin, channel, lanes);
         const bool gated = args.z.data;
         for (int t = 0; t < length; ++t) {
             u.prefetch(t - CHUNK), raw.prefetch(t - CHUNK), grad.prefetch(t - CHUNK);
-            if (gated) gate.prefetch(t - CHUNK), dz.prefetch_for_writing(t);
-            du.prefetch_for_writing(t), ddt.prefetch_for_writing(t);
+            gate.prefetch(t - CHUNK);
             const Softplus delta = softplus(raw[t] + bias, exp2);
             Floats x = u[t], g = grad[t];
             in.u[v][t] = x;
@@ -143,7 +134,7 @@ struct BackwardWorker {
         }
     }
 
-    __attribute__((noinline)) void recompute(int length, int64_t first, int v, const Floats* A2, const float* entry) {
+    NOINLINE void recompute(int length, int64_t first, int v, const Floats* A2, const float* entry) {
         Floats h[STATES], rate[STATES];
         for (int n = 0; n < STATES; ++n) h[n] = entry ? load_floats(entry + n * WIDTH) : Floats{}, rate[n] = A2[n];
         for (int n = 0; n < STATES; ++n) states.h[0][n][v] = h[n];
@@ -152,7 +143,7 @@ struct BackwardWorker {
                 for (int n = 0; n < STATES; ++n) h[n] = Floats{};
             const float* B = &shared.B[t * padded + first];
             const float* C = &shared.C[t * padded + first];
-            Floats dt = in.dt[v][t], dt_u = in.dt_u[v][t], y = in.y[v][t];
+            Floats dt = in.dt[v][t], dt_u = in.dt_u[v][t], y = {};
 #pragma GCC unroll 16
             for (int n = 0; n < STATES; ++n) {
                 Floats decay = exp2(dt * rate[n]);
@@ -161,7 +152,7 @@ struct BackwardWorker {
                 states.h[t + 1][n][v] = h[n];
                 y += h[n] * C[n];
             }
-            in.y[v][t] = y;
+            in.y[v][t] += y;
         }
     }
 
@@ -171,11 +162,8 @@ struct BackwardWorker {
                           Floats (&gA)[STATES][VECTORS], float* to) {
         const float* B = &shared.B[t * padded + first];
         const float* C = &shared.C[t * padded + first];
-        Floats gy[VECTORS], dt[VECTORS], dt_u[VECTORS], q1[VECTORS], q2[VECTORS], dBC[2 * STATES];
-        for (int v = 0; v < VECTORS; ++v) {
-            gy[v] = in.gy[v][t], dt[v] = in.dt[v][t], dt_u[v] = in.dt_u[v][t];
-            q1[v] = in.q1[v][t], q2[v] = in.q2[v][t];
-        }
+        Floats gy[VECTORS], dt[VECTORS], dt_u[VECTORS], q1[VECTORS] = {}, q2[VECTORS] = {}, dBC[2 * STATES];
+        for (int v = 0; v < VECTORS; ++v) gy[v] = in.gy[v][t], dt[v] = in.dt[v][t], dt_u[v] = in.dt_u[v][t];
 #pragma GCC unroll 16
         for (int n = 0; n < STATES; ++n) {
             Floats dB = {}, dC = {};
@@ -193,20 +181,20 @@ struct BackwardWorker {
             }
             dBC[n] = dB, dBC[STATES + n] = dC;
         }
-        for (int v = 0; v < VECTORS; ++v) in.q1[v][t] = q1[v], in.q2[v][t] = q2[v];
+        for (int v = 0; v < VECTORS; ++v) in.q1[v][t] += q1[v], in.q2[v][t] += q2[v];
         for (int n = 0; n < 2 * STATES; n += 4) add_lane_sums(dBC + n, to + n);
     }
 
-    __attribute__((noinline)) void reverse(int length, int64_t first, int64_t vector, float* dBC) {
+    NOINLINE void reverse(int length, int64_t first, int64_t vector, float* dBC) {
         Floats *A2 = &this->A2[vector * padded + first], *adjoint = &this->adjoint[vector * padded + first];
         Floats* dA = &this->dA[vector * padded + first];
         Floats d[STATES][VECTORS];
         for (int n = 0; n < STATES; ++n)
             for (int v = 0; v < VECTORS; ++v) d[n][v] = adjoint[v * padded + n];
-        Floats rate[STATES][VECTORS], gA[STATES][VECTORS];
+        Floats rate[STATES][VECTORS], gA[STATES][VECTORS] = {};  // of this chunk: short sums lose less than one long one
         for (int n = 0; n < STATES; ++n)
             for (int v = 0; v < VECTORS; ++v)
-                rate[n][v] = A2[v * padded + n], gA[n][v] = dA[v * padded + n];
+                rate[n][v] = A2[v * padded + n];
         for (int t = length - 1; t >= 0; --t) {
             float* to = dBC + 2 * (t * padded + first);
             if (shared.starts[t])
@@ -216,16 +204,16 @@ struct BackwardWorker {
         }
         for (int n = 0; n < STATES; ++n)
             for (int v = 0; v < VECTORS; ++v)
-                adjoint[v * padded + n] = d[n][v], dA[v * padded + n] = gA[n][v];
+                adjoint[v * padded + n] = d[n][v], dA[v * padded + n] += gA[n][v];
     }
 
-    __attribute__((noinline)) void write_channels(int64_t row, int64_t chunk, int64_t vector, int v, int64_t item_vector) {
+    NOINLINE void write_channels(int64_t row, int64_t chunk, int64_t vector, int v, int64_t item_vector) {
         const Floats D = this->D[item_vector];
         const int64_t channel = vector * WIDTH, begin = chunk * CHUNK;
         const int lanes = args.lanes(vector), length = args.chunk_length(chunk);
         const Column du = args.du.column(row, begin, channel, lanes), ddt = args.ddt.column(row, begin, channel, lanes);
         const Column dz = args.dz.column(row, begin, channel, lanes);
-        Floats gD = {}, gbias = {};  // of this chunk: two short sums lose less than one long one
+        Floats gD = {}, gbias = {};  // of this chunk
         for (int t = 0; t < length; ++t) {
             Floats u = in.u[v][t], gy = in.gy[v][t], q1 = in.q1[v][t];
             Floats draw = (in.q2[v][t] * LN_2 + q1 * u) * in.slope[v][t];
@@ -241,7 +229,7 @@ struct BackwardWorker {
 };
 
 // dB and dC of some positions: the groups' sums, in their order.
-__attribute__((noinline)) void sum_groups(const ScanArguments& args, const float* partial_BC, int64_t row,
+NOINLINE void sum_groups(const ScanArguments& args, const float* partial_BC, int64_t row,
                                           int64_t begin, int64_t end) {
     const int64_t padded = args.padded_states(), groups = num_groups(args);
     float sums[2 * MAX_STATES];

@@ -19,13 +19,13 @@ void advance(int length, const SharedInputs& shared, int64_t first, const Floats
             for (int n = 0; n < NUM; ++n) state[n] = Floats{};
         const float* B = &shared.B[t * shared.padded + first];
         const float* C = &shared.C[t * shared.padded + first];
-        Floats dt = in.dt[t], dt_u = in.dt_u[t], even = in.y[t], odd = {};
+        Floats dt = in.dt[t], dt_u = in.dt_u[t], even = {}, odd = {};
 #pragma GCC unroll 16
         for (int n = 0; n < NUM; ++n) {
             state[n] = exp2(dt * rate[n]) * state[n] + dt_u * B[n];
             (n % 2 ? odd : even) += state[n] * C[n];
         }
-        in.y[t] = even + odd;
+        in.y[t] += even + odd;  // short sums, then their sum: less is lost where states are many
     }
     for (int n = 0; n < NUM; ++n) h[n] = state[n];
 }
@@ -75,8 +75,7 @@ struct ForwardWorker {
         const Column u = args.u.column(row, begin, channel, lanes), raw = args.dt.column(row, begin, channel, lanes);
         const Column out = args.out.column(row, begin, channel, lanes), gate = args.z.column(row, begin, channel, lanes);
         for (int t = 0; t < length; ++t) {
-            u.prefetch(t + CHUNK), raw.prefetch(t + CHUNK), gate.prefetch(t);
-            out.prefetch_for_writing(t);
+            u.prefetch(t + CHUNK), raw.prefetch(t + CHUNK), gate.prefetch(t + CHUNK);
             Floats dt = softplus(raw[t] + bias, exp2).value;
             in.dt[t] = dt;
             in.dt_u[t] = dt * u[t];

@@ -21,6 +21,7 @@ constexpr int WIDTH = 4;
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))  // a loop that gets all registers for itself
 #define EXPORT __attribute__((visibility("default")))
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
@@ -64,24 +65,33 @@ INLINE Halves narrow(Floats x) {  // to the nearest bf16, ties to even; a NaN st
     return __builtin_convertvector(result, Halves);
 }
 
-INLINE float widen_one(uint16_t x) {
-    uint32_t word = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &word, 4);
-    return y;
+typedef uint16_t Half;  // a bf16
+
+// All lanes, of a dtype known beforehand.
+INLINE Floats load_full(const float* p) { return load_floats(p); }
+INLINE void store_full(float* p, Floats x) { store_floats(p, x); }
+INLINE Floats load_full(const Half* p) {
+    Halves x;
+    std::memcpy(&x, p, sizeof x);
+    return widen(x);
+}
+INLINE void store_full(Half* p, Floats x) {
+    Halves y = narrow(x);
+    std::memcpy(p, &y, sizeof y);
 }
 
 INLINE Floats load(const void* base, Dtype dtype, int64_t offset, int count) {
     if (dtype == FP32) {
         const float* p = static_cast<const float*>(base) + offset;
-        if (count >= WIDTH) return load_floats(p);
+        if (count >= WIDTH) return load_full(p);
         Floats x = {};
         std::memcpy(&x, p, 4 * count);
         return x;
     }
-    const uint16_t* p = static_cast<const uint16_t*>(base) + offset;
+    const Half* p = static_cast<const Half*>(base) + offset;
+    if (count >= WIDTH) return load_full(p);
     Halves x = {};
-    std::memcpy(&x, p, count >= WIDTH ? sizeof x : 2 * count);
+    std::memcpy(&x, p, 2 * count);
     return widen(x);
 }
 
@@ -89,14 +99,17 @@ INLINE void store(void* base, Dtype dtype, int64_t offset, int count, Floats x) 
     if (dtype == FP32) {
         float* p = static_cast<float*>(base) + offset;
         if (count >= WIDTH)
-            store_floats(p, x);
+            store_full(p, x);
         else
             std::memcpy(p, &x, 4 * count);
         return;
     }
-    uint16_t* p = static_cast<uint16_t*>(base) + offset;
+    Half* p = static_cast<Half*>(base) + offset;
     Halves y = narrow(x);
-    std::memcpy(p, &y, count >= WIDTH ? sizeof y : 2 * count);
+    if (count >= WIDTH)
+        std::memcpy(p, &y, sizeof y);
+    else
+        std::memcpy(p, &y, 2 * count);
 }
 
 // ---- exponentials
@@ -134,7 +147,7 @@ struct Exp2 {
         Floats p = (r * 0.05550595f + 0.24023429f) * r + 0.6931472f;
 #elif defined(__AVX2__)
         Ints entry = (Ints)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)bits(shifted));
-        Floats p = (r * 0.055511475f + 0.24025764f) * r + 0.6931472f;
+        Floats p = ((r * 0.009619124f + 0.055510614f) * r + 0.2402265f) * r + 0.6931472f;
 #else
         constexpr int ENTRY_BITS = 0;
         Ints entry = bits(broadcast(1.0f));
@@ -157,15 +170,19 @@ struct Exp2 {
     // e^x for x <= 0: the logarithm's base is changed in two parts, so that the error does not grow with |x|.
     INLINE Floats exp(Floats x) const {
         x = larger(x, broadcast(-87.0f));
-        Floats shifted = x * LOG2_E + SHIFT;
-        return power(shifted, (x * LOG2_E - (shifted - SHIFT)) + x * LOG2_E_REST);
+        Floats shifted = x * LOG2_E + SHIFT, n = shifted - SHIFT;
+#if defined(__FMA__) || defined(__aarch64__)
+        return power(shifted, (x * LOG2_E - n) + x * LOG2_E_REST);
+#else
+        return power(shifted, ((x - n * 0.693359375f) + n * 2.12194440e-4f) * LOG2_E);  // n * 355 / 512 is exact
+#endif
     }
 };
 
 INLINE Floats reciprocal(Floats x) {
 #if defined(__AVX512F__)
     Floats y = _mm512_rcp14_ps(x);
-    return y * (2.0f - x * y);
+    return y * (1.0f - x * y) + y;
 #else
     return 1.0f / x;
 #endif

@@ -16,6 +16,7 @@ from mambatrain import __version__
 from mambatrain.cli.evaluate import evaluate
 from mambatrain.cli.export import export
 from mambatrain.cli.generate import generate
+from mambatrain.cli.plain_help import PlainCommand
 from mambatrain.cli.recipes import recipes_app
 from mambatrain.cli.tokens import tokenize, tokenizer_app
 from mambatrain.cli.train import finetune, pretrain
@@ -32,12 +33,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
 )
-app.command(short_help="Turn text into token shards.")(tokenize)
-app.command(short_help="Train a model from a recipe.")(pretrain)
-app.command(short_help="Continue training from weights.")(finetune)
-app.command(short_help="Measure a run or weights.")(evaluate)
-app.command(short_help="Continue a prompt.")(generate)
-app.command(short_help="Write weights that other tools open.")(export)
+app.command(cls=PlainCommand, short_help="Turn text into token shards.")(tokenize)
+app.command(cls=PlainCommand, short_help="Train a model from a recipe.")(pretrain)
+app.command(cls=PlainCommand, short_help="Continue training from weights.")(finetune)
+app.command(cls=PlainCommand, short_help="Measure a run or weights.")(evaluate)
+app.command(cls=PlainCommand, short_help="Continue a prompt.")(generate)
+app.command(cls=PlainCommand, short_help="Write weights that other tools open.")(export)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(recipes_app, name="recipes")
 
@@ -62,6 +63,9 @@ def _options(
 
 def main() -> None:
     """The `mambatrain` command: a mistake of the user's gets a sentence and a hint, a bug keeps its traceback."""
+    # Before torch is loaded. Idle threads sleep instead of spinning: with anything else on the machine a spinning pool
+    # is 10 to 50 times slower, and alone it gains little (docs/benchmarks.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         try:
             app()

@@ -19,7 +19,7 @@ DataOption = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        metavar="SHARDS",
+        metavar="DIR",
         help="Folder of tokens whose held-out part is predicted. [default: the run's own, without --tasks]",
     ),
 ]
@@ -39,26 +39,37 @@ IncludeOption = Annotated[
     Path | None, typer.Option("--include-path", metavar="DIR", help="Folder of further YAML task files.")
 ]
 FewshotOption = Annotated[
-    int | None, typer.Option("--num-fewshot", min=0, help="Solved examples before each question of a task.")
+    int | None,
+    typer.Option("--num-fewshot", min=0, metavar="N", help="Solved examples before each question of a task."),
 ]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Documents of each task at most: a trial, not a score.")
+    int | None,
+    typer.Option("--limit", min=1, metavar="N", help="Documents of each task at most: a trial, not a score."),
 ]
 MaxLengthOption = Annotated[
     int,
-    typer.Option("--max-length", min=2, help="Tokens of a task's text read at most; what is longer loses its start."),
+    typer.Option(
+        "--max-length", min=2, metavar="N", help="Tokens of a task's text read at most; what is longer loses its start."
+    ),
 ]
 MaxTokensOption = Annotated[
     int | None,
     typer.Option(
-        "--max-tokens", min=1, help="Whole held-out documents up to this many. [default: the run's, or 500,000]"
+        "--max-tokens",
+        min=1,
+        metavar="N",
+        help="Whole held-out documents up to this many. [default: the run's, or 500,000]",
     ),
 ]
 RowTokensOption = Annotated[
     int | None,
-    typer.Option("--row-tokens", min=1, help="Tokens in a row of held-out text. [default: the run's, or 2048]"),
+    typer.Option(
+        "--row-tokens", min=1, metavar="N", help="Tokens in a row of held-out text. [default: the run's, or 2048]"
+    ),
 ]
-BatchRowsOption = Annotated[int, typer.Option("--batch-rows", min=1, help="Rows at once: speed against memory.")]
+BatchRowsOption = Annotated[
+    int, typer.Option("--batch-rows", min=1, metavar="N", help="Rows at once: speed against memory.")
+]
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the numbers as JSON; - writes them to stdout alone.")
 ]
@@ -101,8 +112,10 @@ def evaluate(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     _refuse_without_tasks(names, task_data, include_path, num_fewshot, limit)
     from mambatrain.cli.open_model import open_model, open_tokenizer
+    from mambatrain.runs.weights import refuse_no_weights
 
-    # What can be wrong is looked at first; torch and the model, which take their time, come last.
+    refuse_no_weights(weights)
+    # What can be wrong is looked at first; the model, which takes its time, comes last.
     loaded_tasks = _load_tasks(names, include_path, task_data or []) if names else None
     text = None
     if data is not None or not names:
@@ -241,9 +254,9 @@ def _show(results: dict[str, Any], json_file: str | None, out: Path | None) -> N
 
 
 def _write(file: Path, text: str) -> None:
-    from mambatrain.runs.files import explaining_full_disk, write_text_whole
+    from mambatrain.files import write_errors_named, write_text_whole
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with explaining_full_disk(str(file)):
+    with write_errors_named(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_text_whole(file, text + "\n")
     typer.echo(f"wrote {file}", err=True)

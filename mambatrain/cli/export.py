@@ -43,6 +43,7 @@ def export(
 
     import torch
 
+    from mambatrain.cli.open_model import warn_of_damage
     from mambatrain.export.exporting import export_weights
     from mambatrain.export.mamba_ssm_folder import MAMBA_SSM
     from mambatrain.export.model_card import read_card_facts
@@ -50,6 +51,7 @@ def export(
     from mambatrain.runs.weights import read_weights
 
     read = read_weights(weights)
+    warn_of_damage(read)
     print(f"exporting {read.origin}", file=sys.stderr)
     done = export_weights(
         read,

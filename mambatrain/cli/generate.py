@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mambatrain.cli.open_model import EndOption, TokenizerOption, WeightsArgument
+from mambatrain.cli.plain_help import within
 from mambatrain.cli.train import Device, DeviceOption, Kernels, KernelsOption
 
 if TYPE_CHECKING:
@@ -25,22 +27,56 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", metavar="FILE", help="UTF-8 text; - reads standard input.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after this many.")] = 200,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Stop after this many.")
+    ] = 200,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
+        float,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            help="0 always takes the likeliest token.",
+            callback=within(lambda value: 0.0 <= value < math.inf, "0 or more"),
+        ),
     ] = 0.8,
     top_p: Annotated[
-        float, typer.Option("--top-p", help="Only the likeliest tokens that together reach this probability; 1 is off.")
+        float,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Only the likeliest tokens that together reach this probability; 1 is off.",
+            callback=within(lambda value: 0.0 < value <= 1.0, "above 0 and at most 1"),
+        ),
     ] = 0.95,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Only the k likeliest tokens; 0 is off.")] = 0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, metavar="N", help="Only the N likeliest tokens; 0 is off.")
+    ] = 0,
     min_p: Annotated[
-        float, typer.Option("--min-p", help="Only tokens this many times as likely as the likeliest; 0 is off.")
+        float,
+        typer.Option(
+            "--min-p",
+            metavar="P",
+            help="Only tokens this many times as likely as the likeliest; 0 is off.",
+            callback=within(lambda value: 0.0 <= value <= 1.0, "from 0 to 1"),
+        ),
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1: what was said becomes unlikelier; 1 is off.")
+        float,
+        typer.Option(
+            "--repetition-penalty",
+            metavar="X",
+            help="Above 1: what was said becomes unlikelier; 1 is off.",
+            callback=within(lambda value: 0.0 < value < math.inf, "above 0"),
+        ),
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="The same seed gives the same text. [default: a new one]")
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="The same seed gives the same text. [default: a new one]",
+            callback=within(lambda seed: 0 <= seed < 2**63, "from 0 to 2^63 - 1"),
+        ),
     ] = None,
     kernels: KernelsOption = Kernels.auto,
     device: DeviceOption = Device.auto,
@@ -115,7 +151,10 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     from mambatrain.errors import UserError
 
     if (prompt is None) == (file is None):
-        raise UserError("give either --prompt TEXT or --prompt-file FILE", '--prompt "" starts a document from nothing')
+        raise typer.BadParameter(
+            'give one of the two; --prompt "" starts a document from nothing',
+            param_hint="'--prompt' / '--prompt-file'",
+        )
     if prompt is not None:
         return prompt
     assert file is not None
@@ -123,7 +162,9 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         return content.decode("utf-8")
     except OSError as error:
-        raise UserError(f"--prompt-file {file} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"--prompt-file {file} cannot be read: {error.strerror}", "name a text file, or - for standard input"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"--prompt-file {file} is not UTF-8: byte {error.start}", "convert it, e.g. with iconv"

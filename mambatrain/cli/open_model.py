@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from mambatrain.data.token_corpus import TokenCorpus
     from mambatrain.data.tokenizer import LoadedTokenizer
     from mambatrain.models.language_model import LanguageModel
@@ -55,37 +52,43 @@ def open_model(where: str, kernels: str, device: str) -> OpenModel:
     backend = choose_backend(kernels, place)
     model, weights = load_model(where, backend, place)
     model.eval()
+    warn_of_damage(weights)
     typer.echo(f"weights  {weights.origin}", err=True)
     typer.echo(f"kernels  {backend.name} on {place}: {backend.reason}", err=True)
     return OpenModel(model, weights, backend)
+
+
+def warn_of_damage(weights: Weights) -> None:
+    """Says on stderr which newer checkpoints of a run were passed over."""
+    for damage in weights.damaged:
+        typer.echo(f"warning  {damage}; an older checkpoint is used", err=True)
 
 
 def open_tokenizer(opened: OpenModel, file: Path | None, end_of_document: str | None) -> LoadedTokenizer:
     """The tokenizer that was asked for, else the one beside the weights, with the end token that their folder names.
 
     Raises:
-        UserError: there is none, it knows more ids than the model has rows, or it has no token that ends a document.
+        UserError: there is none, it is not that of the weights, it knows more ids than the model has rows, or it has no
+            token that ends a document.
     """
     from mambatrain.data.tokenizer import load_tokenizer
     from mambatrain.errors import UserError
-    from mambatrain.export.tokenizer_files import open_tokenizer as check_tokenizer
+    from mambatrain.export.tokenizer_files import find_fitting_tokenizer
 
-    weights = replace(opened.weights, tokenizer_file=file) if file else opened.weights
-    if weights.tokenizer_file is None:
+    weights = replace(opened.weights, tokenizer_file=_tokenizer_of(opened.weights, file))
+    fitting = find_fitting_tokenizer(weights, end_of_document) if weights.tokenizer_file else None
+    if fitting is None:
         raise UserError(
             f"no tokenizer.json lies beside {weights.origin}",
             "name the one that the model was trained with: --tokenizer FILE",
         )
-    fitting = check_tokenizer(weights, end_of_document)
-    assert fitting is not None, "the weights have a tokenizer"
     return load_tokenizer(fitting.file, fitting.end_of_document)
 
 
 def refuse_other_tokenizer(weights: Weights, asked: Path | None, corpus: TokenCorpus) -> None:
     """Ids of one tokenizer mean nothing to a model of another.
 
-    Two files may differ in their bytes only, as when transformers has written one of them again. Weights without a
-    tokenizer are taken to have the tokens' own, as far as their number of ids allows it.
+    Weights without a tokenizer are taken to have the tokens' own, as far as their number of ids allows it.
 
     Args:
         weights: the model's.
@@ -95,7 +98,7 @@ def refuse_other_tokenizer(weights: Weights, asked: Path | None, corpus: TokenCo
     Raises:
         UserError: the weights have another tokenizer than the tokens.
     """
-    from mambatrain.data.tokenizer import load_tokenizer
+    from mambatrain.data.tokenizer import encode_alike
     from mambatrain.errors import UserError
 
     rows = weights.section.padded_vocab_size
@@ -104,24 +107,25 @@ def refuse_other_tokenizer(weights: Weights, asked: Path | None, corpus: TokenCo
             f"{corpus.folder} has {corpus.vocab_size:,} token ids, but {weights.origin} has only {rows:,} rows",
             "tokenize the text with the tokenizer of the model",
         )
-    file = asked or weights.tokenizer_file
-    if file is None:
-        return
-    end = corpus.manifest.tokenizer.end_of_document
-    tokens, own = load_tokenizer(corpus.tokenizer_file, end), load_tokenizer(file, end)
-    if own.sha256 != tokens.sha256 and _meaning(own.tokenizer) != _meaning(tokens.tokenizer):
+    file = _tokenizer_of(weights, asked)
+    if file is not None and not encode_alike(file, corpus.tokenizer_file):
         raise UserError(
-            f"{corpus.folder} was tokenized with another tokenizer (sha256 {tokens.sha256[:12]}) than that of "
-            f"{weights.origin} (sha256 {own.sha256[:12]})",
+            f"{corpus.folder} was tokenized with another tokenizer than that of {weights.origin}",
             f"tokenize the text again with --tokenizer {file}",
         )
 
 
-def _meaning(tokenizer: Tokenizer) -> tuple[dict[str, int], list[Any]]:
-    """What decides the ids of a text."""
-    parts = json.loads(tokenizer.to_str())
-    return tokenizer.get_vocab(with_added_tokens=True), [
-        parts["normalizer"],
-        parts["pre_tokenizer"],
-        parts["model"].get("merges"),
-    ]
+def _tokenizer_of(weights: Weights, asked: Path | None) -> Path | None:
+    """What the user asked for, once it is known to be that of the weights; else what lies beside them."""
+    from mambatrain.data.tokenizer import encode_alike
+    from mambatrain.errors import UserError
+
+    own = weights.tokenizer_file
+    if asked is None or own is None:
+        return asked or own
+    if not encode_alike(asked, own):
+        raise UserError(
+            f"--tokenizer {asked} is another tokenizer than that of {weights.origin}",
+            f"leave it out: {own} is taken",
+        )
+    return asked

@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from mambatrain.cli.plain_help import PlainCommand
+
 recipes_app = typer.Typer(no_args_is_help=True, help="List the shipped recipes, show one.")
 
 
-@recipes_app.command("list")
+@recipes_app.command("list", cls=PlainCommand)
 def list_recipes() -> None:
     """Name each shipped recipe and say what it trains.
 
@@ -23,7 +25,7 @@ def list_recipes() -> None:
         print(f"{name:{width}}  {about_recipe(path)}")
 
 
-@recipes_app.command()
+@recipes_app.command(cls=PlainCommand)
 def show(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a shipped recipe, or a YAML file.")],
     resolved: Annotated[

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mambatrain.cli.plain_help import PlainCommand, within
+
 if TYPE_CHECKING:
     from mambatrain.data.manifest import TokenManifest
 
@@ -25,9 +27,21 @@ def tokenize(
     tokenizer: Annotated[str, typer.Option(metavar="FILE", help="A tokenizer.json, or a folder that holds one.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the tokens; it appears when all is done.")],
     held_out: Annotated[
-        float, typer.Option(metavar="FRACTION", help="Fraction of the documents to hold out, from 0 to below 1.")
+        float,
+        typer.Option(
+            metavar="FRACTION",
+            help="Fraction of the documents to hold out, from 0 to below 1.",
+            callback=within(lambda fraction: 0.0 <= fraction < 1.0, "a fraction from 0 to below 1"),
+        ),
     ] = 0.01,
-    seed: Annotated[int, typer.Option(metavar="N", help="Decides the order of the documents.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Decides the order of the documents.",
+            callback=within(lambda seed: 0 <= seed < 2**64, "from 0 to 2^64 - 1"),
+        ),
+    ] = 0,
     text_field: Annotated[str, typer.Option(metavar="NAME", help=TEXT_FIELD_HELP)] = "text",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help=SKIP_BAD_HELP)] = False,
     end_of_document: Annotated[
@@ -42,12 +56,7 @@ def tokenize(
     """
     from mambatrain.data.manifest import TokenizeOptions
     from mambatrain.data.tokenize_corpus import tokenize_corpus
-    from mambatrain.errors import UserError
 
-    if not 0.0 <= held_out < 1.0:
-        raise UserError(f"--held-out {held_out:g} is not a fraction from 0 to below 1", "for example --held-out 0.01")
-    if not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed} is not from 0 to 2^64 - 1")
     options = TokenizeOptions(held_out=held_out, seed=seed, text_field=text_field, skip_bad=skip_bad)
     done = tokenize_corpus(sources, tokenizer, out, options, end_of_document, overwrite)
     _tell_left_out(done.unread, done.bad, done.corpus.manifest.num_skipped_bad)
@@ -62,10 +71,12 @@ def tokenizer() -> None:
     """Train a tokenizer."""  # a callback keeps `train` a command of its own while it is the only one
 
 
-@tokenizer_app.command()
+@tokenizer_app.command(cls=PlainCommand)
 def train(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help=SOURCES_HELP, show_default=False)],
-    vocab_size: Annotated[int, typer.Option(metavar="N", help="Tokens in all, at least 257.")],
+    vocab_size: Annotated[
+        int, typer.Option(metavar="N", min=257, help="Tokens in all: every byte, the end token, and more.")
+    ],
     out: Annotated[str, typer.Option(metavar="FILE", help="The tokenizer.json to write.")],
     sample_bytes: Annotated[
         int,
@@ -81,10 +92,7 @@ def train(
     """
     from mambatrain.data.manifest import TokenizerSettings
     from mambatrain.data.train_tokenizer import train_tokenizer
-    from mambatrain.errors import UserError
 
-    if vocab_size < 1:
-        raise UserError(f"--vocab-size {vocab_size} is not a number of tokens", "for example --vocab-size 4096")
     settings = TokenizerSettings(
         vocab_size=vocab_size, sample_bytes=sample_bytes, text_field=text_field, skip_bad=skip_bad
     )
@@ -105,15 +113,16 @@ def token_summary(manifest: TokenManifest, out: str) -> list[str]:
     """The lines that say what a folder of tokens holds."""
     train, held_out = manifest.train, manifest.held_out
     documents = train.num_documents + held_out.num_documents
-    tokens = train.num_tokens + held_out.num_tokens
+    # Without the end token that opens each shard: it belongs to no document.
+    num_held_out = held_out.num_tokens - 1
+    tokens = train.num_tokens - 1 + num_held_out
     num_bytes = train.num_bytes + held_out.num_bytes
-    end_tokens = documents + 2  # one behind each document, one that opens each shard
     return [
         f"documents        {documents:,} ({held_out.num_documents:,} held out)",
         f"skipped          {manifest.num_skipped_empty:,} empty, {manifest.num_skipped_bad:,} that cannot be read",
-        f"tokens           {tokens:,} ({held_out.num_tokens:,} held out)",
+        f"tokens           {tokens:,} ({num_held_out:,} held out), with one that ends each document",
         f"bytes of text    {num_bytes:,}",
-        f"bytes per token  {num_bytes / (tokens - end_tokens):.3f}",
+        f"bytes per token  {num_bytes / (tokens - documents):.3f}",
         f"written to       {out}",
     ]
 

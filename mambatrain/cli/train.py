@@ -32,7 +32,8 @@ class Tracker(StrEnum):
 
 
 RunOption = Annotated[
-    Path | None, typer.Option("--run", help="Run folder. [default: runs/NAME of the recipe]", show_default=False)
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="Run folder. [default: runs/NAME of the recipe]", show_default=False),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -137,16 +138,19 @@ def _train(
     folder = run or Path("runs") / Path(name).stem
     if (gpus or processes) and not is_worker():
         _launch(gpus, processes, folder)
-    from mambatrain.devices import end_processes
-    from mambatrain.training.assemble import Where
-    from mambatrain.training.start import run_training
+    from mambatrain.training.stop import StopRequest
 
-    chosen: Any = "cuda" if gpus else "cpu" if processes else device.value
-    where = Where(chosen, kernels.value, tracker.value, quiet)
-    mode: Any = {None: "if-possible", True: "required", False: "fresh"}[resume]
-    exit_code = run_training(recipe, folder, where, mode, weights)
-    end_processes()
-    # torchrun turns every worker's code into 1: a worker that stopped as asked leaves a marker in the run and ends with 0
+    with StopRequest() as stop:  # around the heavy imports: a signal during them asks, too
+        from mambatrain.devices import end_processes
+        from mambatrain.training.assemble import Where
+        from mambatrain.training.start import run_training
+
+        chosen: Any = "cuda" if gpus else "cpu" if processes else device.value
+        where = Where(chosen, kernels.value, tracker.value, quiet)
+        mode: Any = {None: "if-possible", True: "required", False: "fresh"}[resume]
+        exit_code = run_training(recipe, folder, where, mode, stop, weights)
+        end_processes()
+    # torchrun turns every worker's code into 1: one that stopped as asked leaves a marker in the run and ends with 0
     raise typer.Exit(0 if is_worker() else exit_code)
 
 

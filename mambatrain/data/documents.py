@@ -74,7 +74,10 @@ class DocumentReader:
                     else:
                         self._leave_out(document)
             except OSError as error:
-                raise UserError(f"{file.path} cannot be read: {error.strerror or error}") from error
+                raise UserError(
+                    f"{file.path} cannot be read: {error.strerror or error}",
+                    "it must be there to the end, and yours to read",
+                ) from error
             self.bytes_read = start + file.num_bytes
 
     def _leave_out(self, bad: BadDocument) -> None:

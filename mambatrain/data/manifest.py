@@ -10,8 +10,8 @@ from pydantic import Field, ValidationError
 
 from mambatrain.data.progress import ByteProgress
 from mambatrain.data.sources import SourceFile
-from mambatrain.data.staging import sha256_of
 from mambatrain.errors import UserError
+from mambatrain.files import sha256_of
 from mambatrain.recipe.sections import Section
 
 Count = Annotated[int, Field(ge=0)]
@@ -135,7 +135,9 @@ def record_sources(files: Sequence[SourceFile]) -> list[SourceRecord]:
             try:
                 digest = sha256_of(file.path)
             except OSError as error:
-                raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
+                raise UserError(
+                    f"{file.path} cannot be read: {error.strerror}", "it must be there to the end, and yours to read"
+                ) from error
             records.append(SourceRecord(file=str(file.path), kind=file.kind, num_bytes=file.num_bytes, sha256=digest))
             done += file.num_bytes
             progress.advance_to(done)

@@ -98,17 +98,17 @@ def check_unchanged(files: Sequence[SourceFile]) -> None:
             raise UserError(f"{file.path} was changed while it was being read", "run this again once it stands still")
 
 
-def missing_file(path: Path) -> UserError:
-    """The error for a path where nothing is, with the nearest name in its folder."""
+def missing_file(path: Path, hint: str) -> UserError:
+    """The error for a path where nothing is, with the nearest name in its folder; `hint` where none is near."""
     if not path.parent.is_dir():
         return UserError(f"{path} does not exist", f"there is no folder {path.parent} either")
     close = nearest(path.name, sorted(entry.name for entry in path.parent.iterdir()))
-    return UserError(f"{path} does not exist", f"did you mean {path.parent / close}?" if close else None)
+    return UserError(f"{path} does not exist", f"did you mean {path.parent / close}?" if close else hint)
 
 
 def _named_file(path: Path) -> Path:
     if not path.exists():
-        raise missing_file(path)
+        raise missing_file(path, f"name folders, or files that end in {_ENDINGS}")
     if not path.is_file():
         raise UserError(f"{path} is neither a file nor a folder", "write a stream to a file first")
     if kind_of(path) is None:

@@ -1,22 +1,17 @@
-"""Output that appears whole or not at all: written under a temporary name beside its place, then renamed."""
+"""A folder that appears whole or not at all: made under a temporary name beside its place, then renamed."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from mambatrain.errors import UserError
-
-# A disk quota and a limit on the size of files end a write just as a full disk does.
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from mambatrain.files import fsync_folder
 
 
 class StagedFolder:
@@ -59,11 +54,11 @@ class StagedFolder:
 
     def publish(self) -> None:
         """Puts the folder in its place; one that is there already is replaced. Its files must have been synced."""
-        sync_folder(self.path)
+        fsync_folder(self.path)
         if self._place.exists():
             self._place.rename(self._old)
         self.path.rename(self._place)
-        sync_folder(self._place.parent)
+        fsync_folder(self._place.parent)
         _remove(self._old)
 
     def _beside(self, what: str) -> Path:
@@ -88,50 +83,6 @@ class StagedFolder:
     def _give_lock_back(self) -> None:
         self._lock_file.unlink()
         os.close(self._lock)
-
-
-@contextmanager
-def write_errors_named(out: str | Path) -> Iterator[None]:
-    """Turns an error of the operating system into one that names the output: a full disk, a folder of another's.
-
-    Raises:
-        UserError: `out` cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        hint = "nothing was kept of it; make room and run again" if error.errno in _FULL_DISK else None
-        reason = (error.strerror or str(error)).lower() + (f" ({error.filename})" if error.filename else "")
-        raise UserError(f"{out} cannot be written: {reason}", hint) from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file that is on disk, or was not touched, whenever the machine stops."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """Digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from numpy.typing import NDArray
 
 from mambatrain.data.manifest import ShardRecord, TokenManifest, read_manifest
 from mambatrain.data.sources import missing_file
-from mambatrain.data.staging import sha256_of
 from mambatrain.data.token_shards import TokenShard, token_dtype
 from mambatrain.errors import UserError
+from mambatrain.files import sha256_of
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -44,6 +45,12 @@ class TokenCorpus:
         return self.folder / TOKENIZER_NAME
 
     @property
+    def digest(self) -> str:
+        """Of both shards, as the manifest has them: hex."""
+        shards = "".join(self.manifest.files[f"{split}.bin"].sha256 for split in SPLITS)
+        return hashlib.sha256(shards.encode()).hexdigest()
+
+    @property
     def vocab_size(self) -> int:
         """Highest id that the tokenizer may give, + 1."""
         return self.manifest.tokenizer.vocab_size
@@ -65,8 +72,7 @@ def open_token_corpus(folder: str | Path) -> TokenCorpus:
     place = Path(folder)
     if not place.is_dir():
         if not place.exists():
-            missing = missing_file(place)
-            raise UserError(missing.message, missing.hint or f"`mambatrain tokenize SOURCE... --out {place}` makes it")
+            raise missing_file(place, f"`mambatrain tokenize SOURCE... --out {place}` makes it")
         raise UserError(f"{place} is a file, not a folder of tokens", f"name the folder: {place.parent}")
     if not (place / MANIFEST_NAME).is_file():
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from mambatrain.data.manifest import (
 from mambatrain.data.permutation import permute
 from mambatrain.data.progress import ByteProgress
 from mambatrain.data.sources import Sources, check_unchanged, find_sources
-from mambatrain.data.staging import StagedFolder, sha256_of, write_errors_named, write_file
+from mambatrain.data.staging import StagedFolder
 from mambatrain.data.token_corpus import (
     DATA_FILES,
     MANIFEST_NAME,
@@ -42,6 +41,7 @@ from mambatrain.data.token_corpus import (
 from mambatrain.data.token_shards import TokenShard, TokenShardWriter, shard_files, token_dtype
 from mambatrain.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mambatrain.errors import UserError
+from mambatrain.files import fsync_file, sha256_of, write_bytes_whole, write_errors_named
 
 BATCH_CHARACTERS = 4_000_000  # text that is read before it is encoded; enough for all cores, little to hold
 _STAGING_NAME = "in_source_order"
@@ -109,7 +109,7 @@ def tokenize_corpus(
         train, held_out = _write_shuffled(encoded, loaded, options, staged.path)
         for file in shard_files(staged.path / _STAGING_NAME):
             file.unlink()
-        write_file(staged.path / TOKENIZER_NAME, loaded.file.read_bytes())
+        write_bytes_whole(staged.path / TOKENIZER_NAME, loaded.file.read_bytes())
         manifest = TokenManifest(
             tokenizer=_record_tokenizer(loaded),
             sources=records,
@@ -121,7 +121,7 @@ def tokenize_corpus(
             num_skipped_bad=encoded.reader.num_bad,
             files={name: _record_file(staged.path / name) for name in DATA_FILES},
         )
-        write_file(staged.path / MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
+        write_bytes_whole(staged.path / MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
         open_token_corpus(staged.path)  # what cannot be read back is not put in place
         staged.publish()
     return Tokenized(open_token_corpus(out), reused=False, unread=found.unread, bad=tuple(encoded.reader.bad))
@@ -238,10 +238,8 @@ def _write_shuffled(
 
 
 def _write_array(path: Path, values: NDArray[np.int64]) -> None:
-    with path.open("wb") as file:
-        np.save(file, values, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+    np.save(path, values, allow_pickle=False)
+    fsync_file(path)
 
 
 def _record_tokenizer(loaded: LoadedTokenizer) -> TokenizerRecord:

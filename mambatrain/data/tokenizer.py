@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +92,7 @@ def load_tokenizer(where: str | Path, end_of_document: str | None = None) -> Loa
         tokenizer.model.dropout = None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if not vocabulary:
-        raise UserError(f"{file} is a tokenizer without tokens")
+        raise UserError(f"{file} is a tokenizer without tokens", "`mambatrain tokenizer train` makes one with them")
     name = _end_of_document(tokenizer, vocabulary, file, end_of_document)
     return LoadedTokenizer(
         tokenizer=tokenizer,
@@ -104,8 +105,11 @@ def load_tokenizer(where: str | Path, end_of_document: str | None = None) -> Loa
     )
 
 
-def have_same_vocabulary(one: str | Path, other: str | Path) -> bool:
-    """Whether two tokenizers (files or folders) give the same id to the same token.
+def encode_alike(one: str | Path, other: str | Path) -> bool:
+    """Whether two tokenizers (files or folders) give a text the same ids.
+
+    Their files may differ in their bytes, as when transformers has written one of them again: what counts is the id of
+    each token, how text is normalized and split, and the merges.
 
     Raises:
         UserError: one of them is not a tokenizer.
@@ -114,8 +118,8 @@ def have_same_vocabulary(one: str | Path, other: str | Path) -> bool:
     contents = [file.read_bytes() for file in files]
     if contents[0] == contents[1]:
         return True
-    first, second = (_parse(file, content).get_vocab() for file, content in zip(files, contents, strict=True))
-    return bool(first == second)
+    first, second = (_parse(file, content) for file, content in zip(files, contents, strict=True))
+    return _meaning(first) == _meaning(second)
 
 
 def cut_at_newlines(text: str, num_characters: int) -> list[str]:
@@ -155,10 +159,9 @@ def _tokenizer_file(path: Path) -> Path:
             raise UserError(f"{path} holds no tokenizer.json", hint)
         return path / "tokenizer.json"
     if not path.exists():
-        error = missing_file(path)
-        raise UserError(error.message, error.hint or "`mambatrain tokenizer train` makes a tokenizer")
+        raise missing_file(path, "`mambatrain tokenizer train` makes a tokenizer")
     if not path.is_file():
-        raise UserError(f"{path} is neither a file nor a folder")
+        raise UserError(f"{path} is neither a file nor a folder", "name a tokenizer.json")
     return path
 
 
@@ -168,6 +171,16 @@ def _parse(file: Path, content: bytes) -> Tokenizer:
     except ValueError as error:
         hint = "it must be in the format of Hugging Face tokenizers (`tokenizer.json`)"
         raise UserError(f"{file} is not a tokenizer: {error}", hint) from error
+
+
+def _meaning(tokenizer: Tokenizer) -> tuple[dict[str, int], list[Any]]:
+    """What decides the ids of a text."""
+    parts = json.loads(tokenizer.to_str())
+    return tokenizer.get_vocab(with_added_tokens=True), [
+        parts["normalizer"],
+        parts["pre_tokenizer"],
+        parts["model"].get("merges"),
+    ]
 
 
 def _end_of_document(tokenizer: Tokenizer, vocabulary: dict[str, int], file: Path, asked: str | None) -> str:

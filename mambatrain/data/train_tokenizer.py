@@ -27,9 +27,9 @@ from mambatrain.data.manifest import (
 from mambatrain.data.permutation import permute
 from mambatrain.data.progress import ByteProgress
 from mambatrain.data.sources import Sources, check_unchanged, find_sources
-from mambatrain.data.staging import sha256_of, write_errors_named, write_file
 from mambatrain.data.tokenizer import cut_at_newlines, load_tokenizer
 from mambatrain.errors import UserError
+from mambatrain.files import sha256_of, write_bytes_whole, write_errors_named
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte and END_OF_DOCUMENT
@@ -81,7 +81,7 @@ def train_tokenizer(
     content = _train(training, settings.vocab_size).to_str(pretty=True).encode()
     with write_errors_named(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, content)
+        write_bytes_whole(file, content)
         manifest = TokenizerManifest(
             sources=records,
             settings=settings,
@@ -92,7 +92,7 @@ def train_tokenizer(
             bytes_per_token=_bytes_per_token(file, held_out or training),
             held_out=bool(held_out),
         )
-        write_file(manifest_file(file), (manifest.model_dump_json(indent=2) + "\n").encode())
+        write_bytes_whole(manifest_file(file), (manifest.model_dump_json(indent=2) + "\n").encode())
     return TrainedTokenizer(file, manifest, reused=False, unread=found.unread, bad=tuple(reader.bad))
 
 

@@ -53,7 +53,9 @@ def load_tasks(
         UserError: lm_eval is missing, a name is unknown, or a task's data cannot be read.
     """
     if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include-path {include_path} is not a folder")
+        raise UserError(
+            f"--include-path {include_path} is not a folder", "name the folder that the YAML task files lie in"
+        )
     for name, file in (task_data or {}).items():
         _check_data_file(name, file)
     with _quietly():
@@ -187,7 +189,7 @@ def _with_local_data(name: str, file: Path, manager: Any) -> dict[str, Any]:
 
 def _check_data_file(name: str, file: Path) -> None:
     if not file.is_file():
-        raise UserError(f"--task-data {name}={file}: there is no such file")
+        raise UserError(f"--task-data {name}={file}: there is no such file", "name the .jsonl, .parquet or .csv file")
     if _reader(file) is None:
         raise UserError(
             f"--task-data {name}={file}: the format is not known", f"it ends in one of {', '.join(READERS)}"

@@ -18,6 +18,7 @@ from mambatrain.ops.backends import choose_backend
 from mambatrain.runs.weights import Weights, build_model, read_weights
 
 NUM_TOKENS = 64
+REPORT = "this is a mistake in mambatrain or a change in the reader; please report it with both versions"
 LARGEST_ALLOWED = 1e-4
 """Of the largest logit, both computed in fp32. Rounding shows as 1e-6."""
 
@@ -41,7 +42,7 @@ def check_tensors(folder: Path, expected: Weights) -> None:
     written = read_weights(str(folder)).tensors
     for name, tensor in expected.tensors.items():
         if not torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)):  # as bytes: a NaN equals itself
-            raise UserError(f"the export was not kept: {name} was not read back as it was to be written")
+            raise UserError(f"the export was not kept: {name} was not read back as it was to be written", REPORT)
 
 
 def fixed_tokens(vocab_size: int) -> Tensor:
@@ -65,12 +66,12 @@ def largest_difference(theirs: Tensor, ours: Tensor, reader: str) -> float:
         UserError: it is above LARGEST_ALLOWED, or not a number.
     """
     if theirs.shape != ours.shape:
-        raise UserError(f"{reader} gives logits of shape {tuple(theirs.shape)}, ours have {tuple(ours.shape)}")
+        raise UserError(f"{reader} gives logits of shape {tuple(theirs.shape)}, ours have {tuple(ours.shape)}", REPORT)
     difference = float((theirs - ours).abs().max() / ours.abs().max())
     if not difference <= LARGEST_ALLOWED:  # a NaN is not
         raise UserError(
             f"the export was not kept: {reader} reads it, but its logits differ from ours by {difference:.1e} of the "
             f"largest (allowed: {LARGEST_ALLOWED:.0e})",
-            "this is a mistake in mambatrain or a change in the reader; please report it with both versions",
+            REPORT,
         )
     return difference

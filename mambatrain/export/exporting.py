@@ -12,7 +12,7 @@ from torch import Tensor
 from mambatrain.export.comparison import cast_weights, check_tensors, largest_difference, our_logits
 from mambatrain.export.model_card import CardFacts, write_model_card
 from mambatrain.export.out_folder import Exported, MadeOf, find_finished_export, placing_whole, write_record
-from mambatrain.export.tokenizer_files import ExportTokenizer, open_tokenizer, write_tokenizer
+from mambatrain.export.tokenizer_files import ExportTokenizer, find_fitting_tokenizer, write_tokenizer
 from mambatrain.runs.weights import Weights
 
 
@@ -57,7 +57,7 @@ def export_weights(
         UserError: `out` is taken, the target cannot represent the model, the tokenizer does not fit, the disk is full,
             or what the target computes differs from what we do. Nothing is left at `out` then.
     """
-    tokenizer = open_tokenizer(weights, end_of_document)
+    tokenizer = find_fitting_tokenizer(weights, end_of_document)
     end_name = tokenizer.end_of_document if tokenizer else None
     dtype_name = str(dtype).removeprefix("torch.")
     made_of = MadeOf(weights.digest, target.name, dtype_name, tokenizer.sha256 if tokenizer else None, end_name)

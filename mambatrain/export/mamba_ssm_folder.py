@@ -14,8 +14,8 @@ from torch import Tensor
 from mambatrain.export.comparison import fixed_tokens
 from mambatrain.export.exporting import Target
 from mambatrain.export.tokenizer_files import ExportTokenizer
+from mambatrain.files import write_json_whole
 from mambatrain.ops.backends import choose_backend
-from mambatrain.runs.files import write_json_whole
 from mambatrain.runs.formats import mamba_ssm as format_tables
 from mambatrain.runs.weights import Weights, load_model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mambatrain.errors import UserError
-from mambatrain.runs.files import explaining_full_disk, sha256_of, write_json_whole
+from mambatrain.files import sha256_of, write_errors_named, write_json_whole
 
 RECORD_FILE = "export.json"
 """What the folder was made of and how it was checked."""
@@ -62,14 +62,14 @@ def placing_whole(out: Path, overwrite: bool) -> Iterator[Path]:
     """Gives a folder beside `out` to write into, and renames it to `out` when the body has ended well.
 
     Raises:
-        UserError: `out` exists and may not be replaced, or the disk is full; nothing is left behind.
+        UserError: `out` exists and may not be replaced, or it cannot be written; nothing is left behind.
     """
     refuse_existing(out, overwrite)
-    out = out.absolute()  # `.` has no name
+    named, out = out, out.absolute()  # `.` has no name
     writing, replaced = out.with_name(f".exporting-{out.name}"), out.with_name(f".replaced-{out.name}")
     shutil.rmtree(writing, ignore_errors=True)  # of an earlier export that was killed
     try:
-        with explaining_full_disk(f"export {out}"):
+        with write_errors_named(named):
             writing.mkdir(parents=True)
             yield writing
             if out.exists():

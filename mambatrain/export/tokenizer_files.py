@@ -10,7 +10,7 @@ from typing import Any
 
 from mambatrain.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mambatrain.errors import UserError
-from mambatrain.runs.files import write_json_whole
+from mambatrain.files import write_json_whole
 from mambatrain.runs.weights import Weights
 
 # Has what tokenizers stumble over: indentation, no end of line, accents, other scripts, digits, rare signs.
@@ -29,7 +29,7 @@ class ExportTokenizer:
     """PROBE_TEXT in tokens."""
 
 
-def open_tokenizer(weights: Weights, end_of_document: str | None) -> ExportTokenizer | None:
+def find_fitting_tokenizer(weights: Weights, end_of_document: str | None) -> ExportTokenizer | None:
     """The weights' tokenizer, None where they have none.
 
     Raises:
@@ -37,7 +37,9 @@ def open_tokenizer(weights: Weights, end_of_document: str | None) -> ExportToken
     """
     if weights.tokenizer_file is None:
         if end_of_document is not None:
-            raise UserError(f"{weights.origin} has no tokenizer.json, so --end-of-document says nothing")
+            raise UserError(
+                f"{weights.origin} has no tokenizer.json, so --end-of-document says nothing", "leave it out"
+            )
         return None
     tokenizer: LoadedTokenizer = load_tokenizer(
         weights.tokenizer_file, end_of_document or _end_token_of_folder(weights.tokenizer_file.parent)

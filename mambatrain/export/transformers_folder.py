@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mambatrain.errors import UserError
-from mambatrain.export.comparison import fixed_tokens
+from mambatrain.export.comparison import REPORT, fixed_tokens
 from mambatrain.export.exporting import Target
 from mambatrain.export.tokenizer_files import PROBE_TEXT, ExportTokenizer
-from mambatrain.runs.files import write_json_whole
+from mambatrain.files import write_json_whole
 from mambatrain.runs.formats import transformers as format_tables
 from mambatrain.runs.weights import Weights
 
@@ -60,9 +60,13 @@ def read_logits(folder: Path, weights: Weights, tokenizer: ExportTokenizer | Non
         if tokenizer:
             reread = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             if reread(PROBE_TEXT, add_special_tokens=False)["input_ids"] != tokenizer.probe_ids:
-                raise UserError(f"the export was not kept: {reader} reads {tokenizer.file}, but encodes text otherwise")
+                raise UserError(
+                    f"the export was not kept: {reader} reads {tokenizer.file}, but encodes text otherwise", REPORT
+                )
             if reread.eos_token_id != tokenizer.end_of_document_id:
-                raise UserError(f"the export was not kept: {reader} ends texts with token {reread.eos_token_id}")
+                raise UserError(
+                    f"the export was not kept: {reader} ends texts with token {reread.eos_token_id}", REPORT
+                )
     return reader, logits
 
 

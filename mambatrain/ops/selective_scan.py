@@ -157,6 +157,7 @@ class _Scan:
             self.rows_per_group = max(1, min(self.num_rows, STATES_PER_GROUP // max(1, A.numel())))
         size = self.rows_per_group * min(CHUNK, self.length) * A.numel()
         self.memory = [self.A.new_empty(size) for _ in range(3)]
+        self.buffers: dict[tuple[int, torch.Size], tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def run(self, initial_state: Tensor | None, keep_entries: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """out (B, L, E), final state (B, E, N), entry states (R, N, E) in the order of `_places`."""
@@ -195,7 +196,7 @@ class _Scan:
             grads.z[place] = torch.ops.aten.silu_backward(g * self._ungated(chunk, h), gate)
             g = g * F.silu(gate)
         grads.C[place] = _sum_over_channels(g, h)
-        d = self._adjoints(chunk, g, decay, carry)
+        d = self._adjoints(chunk, g, carry)
         grads.B[place] = _sum_over_channels(chunk.delta * chunk.u, d)
         q1 = _sum_over_states(chunk.B, d)
         k = self._exponent_gradients(chunk, d, decay, h, entry, carry)
@@ -230,15 +231,20 @@ class _Scan:
             starts = {t: self.boundaries[rows, span.start + t, None, None] for t, some in some_start if some}
         return _Chunk(u, raw, F.softplus(raw), B, C, starts)
 
-    def _buffer(self, index: int, chunk: _Chunk) -> Tensor:
-        shape = (*chunk.u.shape[:2], *self.A.shape)
-        return self.memory[index][: math.prod(shape)].view(shape)
+    def _buffer(self, index: int, chunk: _Chunk) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Memory (R, q, N, E) and its views at each position (R, N, E), made once: they cost 5% of the time."""
+        shape = chunk.u.shape[:2] + self.A.shape
+        if (index, shape) not in self.buffers:
+            buffer = self.memory[index][: math.prod(shape)].view(shape)
+            self.buffers[index, shape] = buffer, buffer.unbind(1)
+        return self.buffers[index, shape]
 
     def _states(self, chunk: _Chunk, before: Tensor) -> tuple[Tensor, Tensor]:
         """h and decay, each (R, q, N, E); `before` is the state at the entry (R, N, E)."""
-        decay = torch.mul(chunk.delta[:, :, None], self.A_log2e, out=self._buffer(0, chunk)).exp2_()
-        h = torch.mul((chunk.delta * chunk.u)[:, :, None], chunk.B[..., None], out=self._buffer(1, chunk))
-        for t, (decay_t, h_t) in enumerate(zip(decay.unbind(1), h.unbind(1), strict=True)):
+        (decay, decay_at), (h, h_at) = self._buffer(0, chunk), self._buffer(1, chunk)
+        torch.mul(chunk.delta[:, :, None], self.A_log2e, out=decay).exp2_()
+        torch.mul((chunk.delta * chunk.u)[:, :, None], chunk.B[..., None], out=h)
+        for t, (decay_t, h_t) in enumerate(zip(decay_at, h_at, strict=True)):
             if t in chunk.starts:
                 before = before.masked_fill(chunk.starts[t], 0)
             before = torch.addcmul(h_t, decay_t, before, out=h_t)
@@ -249,10 +255,10 @@ class _Scan:
         y = _sum_over_states(chunk.C, h)
         return y if self.D is None else y.addcmul_(chunk.u, self.D)
 
-    def _adjoints(self, chunk: _Chunk, g: Tensor, decay: Tensor, carry: Tensor) -> Tensor:
-        """d, the gradient of each state (R, q, N, E); g is that of y (R, q, E)."""
-        d = torch.mul(g[:, :, None], chunk.C[..., None], out=self._buffer(2, chunk))
-        d_at, decay_at = d.unbind(1), decay.unbind(1)
+    def _adjoints(self, chunk: _Chunk, g: Tensor, carry: Tensor) -> Tensor:
+        """d, the gradient of each state (R, q, N, E), behind `_states`; g is that of y (R, q, E)."""
+        (_, decay_at), (d, d_at) = self._buffer(0, chunk), self._buffer(2, chunk)
+        torch.mul(g[:, :, None], chunk.C[..., None], out=d)
         d_at[-1].add_(carry)
         for t in range(len(d_at) - 2, -1, -1):
             if t + 1 in chunk.starts:

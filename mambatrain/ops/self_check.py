@@ -87,7 +87,7 @@ def _run(operator: Operator, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
     boundaries = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     boundaries[0, [16, 17, 64]] = True  # on the edges of chunks, and next to each other
     boundaries[1, [0, 40]] = True  # at 0 the state before is discarded
-    with torch.enable_grad(), torch.autocast(first.device.type, enabled=False):
+    with torch.enable_grad():
         outputs = operator(**leaves, boundaries=boundaries.to(first.device))
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]

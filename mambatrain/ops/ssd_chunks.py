@@ -57,9 +57,11 @@ class Chunks:
         # be as large as it likes, and would drown the others.
         exponents = (self.delta.double() * (A.double() * math.log2(math.e))).clamp_(min=LOWEST_EXPONENT)
         self.document = self.started = None
+        self.restarts: list[list[bool]] = []  # of each row, of each chunk; read once, because a GPU must be waited for
         if boundaries is not None:
             self.document = torch.unflatten(boundaries[:, span], 1, (-1, q)).cumsum(2)  # (B, K, q), from the entry on
             self.started = self.document > 0  # (B, K, q), since the entry
+            self.restarts = self.started[:, :, -1].tolist()
         self.sums = exponents.cumsum(2)  # (B, K, q, H)
         self.from_entry = self.sums.exp2().to(dtype)  # (B, K, q, H), decay from the entry to i
         self.to_exit = (self.sums[:, :, -1:] - self.sums).exp2().to(dtype)  # (B, K, q, H), decay from j to the exit
@@ -133,9 +135,11 @@ class Chunks:
 
     def _pass_on(self, state: Tensor, added: Tensor, k: int) -> Tensor:
         """added + decay over chunk k * state, without the state in rows where a document starts in the chunk."""
-        if self.started is not None:
-            state = state.masked_fill(self.started[:, k, -1, None, None, None], 0)
-        return added.addcmul(self.from_entry[:, k, -1, :, None, None], state)
+        passed = added.addcmul(self.from_entry[:, k, -1, :, None, None], state)
+        for row, restarts in enumerate(self.restarts):
+            if restarts[k]:
+                passed[row] = added[row]
+        return passed
 
     def _decays(self) -> Tensor:
         """M (B, K, H, q, q): decay from j to i, 0 for j > i and across a start."""

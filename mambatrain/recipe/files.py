@@ -14,6 +14,8 @@ from mambatrain.recipe.problems import explain_problems
 from mambatrain.recipe.sections import ModelSection, Recipe
 from mambatrain.recipe.yaml_text import format_yaml, parse_yaml
 
+_EXAMPLE = "a recipe is a YAML text file: `mambatrain recipes show demo` prints an example"
+
 
 def shipped_recipes() -> dict[str, Path]:
     """Name -> file of every recipe that comes with the package; those of one family from small to large."""
@@ -115,13 +117,13 @@ def _read_content(path: Path) -> dict[str, Any]:
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}", "a recipe is a YAML text file") from None
+        raise UserError(f"{path} is not UTF-8 text: {error}", _EXAMPLE) from None
     except ValueError as error:
-        raise UserError(f"{path} is not readable YAML: {error}") from None
+        raise UserError(f"{path} is not readable YAML: {error}", _EXAMPLE) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}", _EXAMPLE) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no mapping of sections", "`mambatrain recipes show demo` prints an example")
+        raise UserError(f"{path} holds no mapping of sections", _EXAMPLE)
     return content
 
 
@@ -136,11 +138,13 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     for section in sections:
         place = place.setdefault(section, {})
         if not isinstance(place, dict):
-            raise UserError(f"--set {override}: {section} is a value, not a section")
+            raise UserError(
+                f"--set {override}: {section} is a value, not a section", "for example --set data.row_tokens=512"
+            )
     try:
         place[field] = parse_yaml(text)
     except ValueError as error:
-        raise UserError(f"--set {override}: the value is not readable YAML: {error}") from None
+        raise UserError(f"--set {override}: the value is not readable YAML: {error}", "quote it") from None
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

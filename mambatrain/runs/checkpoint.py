@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mambatrain.errors import UserError
-from mambatrain.runs.files import explaining_full_disk, fsync_file, fsync_folder, sha256_of, write_json_whole
+from mambatrain.files import explaining_full_disk, fsync_file, fsync_folder, sha256_of, write_json_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,6 +125,30 @@ def find_damage(checkpoint: Path) -> str | None:
         if sha256_of(file) != digest:
             return f"{file} was changed: its digest is not the manifest's"
     return None
+
+
+def checkpoint_to_resume(run: Path, damaged: list[str]) -> Path | None:
+    """The newest whole checkpoint, None where a run has none yet; what is wrong with newer ones goes into `damaged`.
+
+    Raises:
+        UserError: there are checkpoints and none is whole: to begin again is the user's to say.
+    """
+    checkpoint = newest_valid_checkpoint(run, damaged)
+    if checkpoint is None and damaged:
+        raise UserError(
+            f"no checkpoint of {run} is whole:\n" + "\n".join(f"  {damage}" for damage in damaged),
+            "restore one of them, or --fresh to move this run aside and begin again",
+        )
+    return checkpoint
+
+
+def set_newer_aside(run: Path, checkpoint: Path) -> None:
+    """Renames the damaged checkpoints above the one that is resumed from: they are no longer the newest."""
+    for newer in list_checkpoints(run):
+        if step_of(newer) > step_of(checkpoint):
+            aside = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.replace(aside)
 
 
 def newest_valid_checkpoint(run: Path, damaged: list[str] | None = None) -> Path | None:

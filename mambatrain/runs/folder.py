@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,13 @@ class RunFolder:
         Raises:
             UserError: another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".lock").touch()
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.path} cannot be used: {error.strerror}", "give another --run folder"
+            ) from None
         with (self.path / ".lock").open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,8 +80,14 @@ class RunLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Makes the lines durable: a checkpoint that counts them must not outlive them."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        self._file.close()
+        # A full disk fails here once more, over the error that says so already; every whole line was flushed before.
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mambatrain.errors import UserError
-from mambatrain.runs.files import sha256_of
+from mambatrain.files import sha256_of
 
 # In this order the first that is there is read. An index names the shards.
 _NAMES = (
@@ -68,9 +68,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{file} is not readable JSON: {error}") from error
+        raise UserError(f"{file} is not readable JSON: {error}", "fetch or write the folder again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object")
+        raise UserError(f"{file} holds no JSON object", "fetch or write the folder again")
     return content
 
 

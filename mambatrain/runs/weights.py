@@ -6,19 +6,20 @@ Everything is checked against the model that its configuration describes before 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mambatrain.errors import UserError
+from mambatrain.files import sha256_of
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import parameter_rows, parameter_shapes, stored_dtype
 from mambatrain.ops.backends import Backend
 from mambatrain.recipe import ModelSection, read_recipe
 from mambatrain.runs.checkpoint import MANIFEST_FILE, MODEL_FILE, find_damage, newest_valid_checkpoint
-from mambatrain.runs.files import sha256_of
 from mambatrain.runs.folder import RunFolder
 from mambatrain.runs.formats import mamba_ssm, transformers
 from mambatrain.runs.formats.tables import NameTable
@@ -26,6 +27,7 @@ from mambatrain.runs.tensor_files import digest_of, find_tensor_files, read_json
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _KINDS = "a run, a checkpoint in one, a transformers folder, a mamba-ssm folder, or a hub name such as org/name"
+_OTHER_MODEL = "configuration and tensors are of two models: fetch or write the folder again"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Weights:
     """Where they came from, for people."""
     digest: str
     """SHA-256 of the file that holds the tensors; of the files' digests where there are several."""
+    damaged: tuple[str, ...] = ()
+    """What is wrong with newer checkpoints of the run, which were passed over."""
 
 
 def read_weights(where: str) -> Weights:
@@ -53,17 +57,22 @@ def read_weights(where: str) -> Weights:
     path = Path(where).expanduser()
     if not path.exists():
         path = _download(where)
-    if not path.is_dir():
-        raise UserError(f"{where} is a file, not a folder with weights", f"name {_KINDS}")
-    if RunFolder(path).exists():
-        return _read_run(path)
-    if (path / MANIFEST_FILE).is_file() and RunFolder(path.parent.parent).exists():
-        return _read_checkpoint(path, RunFolder(path.parent.parent))
-    if (path / "config.json").is_file():
-        return _read_foreign(path)
-    raise UserError(
-        f"{where} holds neither recipe.yaml nor config.json, so it is no folder of weights", f"name {_KINDS}"
-    )
+    match _kind_of(path, where):
+        case "run":
+            return _read_run(path)
+        case "checkpoint":
+            return _read_checkpoint(path, RunFolder(path.parent.parent))
+        case "foreign":
+            return _read_foreign(path)
+
+
+def refuse_no_weights(where: str) -> None:
+    """Raises what `read_weights` would where nothing here can be weights; reads no tensors and asks no hub."""
+    path = Path(where).expanduser()
+    if path.exists():
+        _kind_of(path, where)
+    else:
+        _refuse_no_hub_name(where)
 
 
 def load_model(
@@ -89,13 +98,27 @@ def build_model(
     return model
 
 
+def _kind_of(path: Path, where: str) -> Literal["run", "checkpoint", "foreign"]:
+    if not path.is_dir():
+        raise UserError(f"{where} is a file, not a folder with weights", f"name {_KINDS}")
+    if RunFolder(path).exists():
+        return "run"
+    if (path / MANIFEST_FILE).is_file() and RunFolder(path.parent.parent).exists():
+        return "checkpoint"
+    if (path / "config.json").is_file():
+        return "foreign"
+    raise UserError(
+        f"{where} holds neither recipe.yaml nor config.json, so it is no folder of weights", f"name {_KINDS}"
+    )
+
+
 def _read_run(run: Path) -> Weights:
     damaged: list[str] = []
     checkpoint = newest_valid_checkpoint(run, damaged)
     if checkpoint is None:
         what = "; ".join(damaged) if damaged else "it was stopped before its first checkpoint"
         raise UserError(f"run {run} has no whole checkpoint: {what}", "continue it with `mambatrain pretrain`")
-    return _read_checkpoint(checkpoint, RunFolder(run), known_whole=True)
+    return replace(_read_checkpoint(checkpoint, RunFolder(run), known_whole=True), damaged=tuple(damaged))
 
 
 def _read_checkpoint(checkpoint: Path, run: RunFolder, known_whole: bool = False) -> Weights:
@@ -131,7 +154,7 @@ def _read_foreign(folder: Path) -> Weights:
         for name, tensor in read_tensors(file).items():
             ours = names.ours(name)
             if ours is None:
-                raise UserError(f"{file} holds a tensor that the model does not have: {name}")
+                raise UserError(f"{file} holds a tensor that the model does not have: {name}", _OTHER_MODEL)
             tensors[ours] = tensor
     _drop_tied_head(tensors, section, str(folder))
     _check_tensors(tensors, section, str(folder), names)
@@ -144,7 +167,9 @@ def _drop_tied_head(tensors: dict[str, Tensor], section: ModelSection, origin: s
     if not section.tie_embeddings or not {"lm_head.weight", "embedding.weight"} <= tensors.keys():
         return
     if not torch.equal(tensors.pop("lm_head.weight"), tensors["embedding.weight"]):
-        raise UserError(f"{origin} says that the head is the embedding, but lm_head.weight differs from it")
+        raise UserError(
+            f"{origin} says that the head is the embedding, but lm_head.weight differs from it", _OTHER_MODEL
+        )
 
 
 def _check_tensors(
@@ -157,19 +182,26 @@ def _check_tensors(
         return ", ".join(shown) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
 
     if missing := [name for name in shapes if name not in tensors]:
-        raise UserError(f"{origin} lacks tensors of the model it describes: {named(missing)}")
+        raise UserError(f"{origin} lacks tensors of the model it describes: {named(missing)}", _OTHER_MODEL)
     if unexpected := [name for name in tensors if name not in shapes]:
-        raise UserError(f"{origin} holds tensors that the model does not have: {named(unexpected)}")
+        raise UserError(f"{origin} holds tensors that the model does not have: {named(unexpected)}", _OTHER_MODEL)
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{origin}: {named([name])} has shape {tuple(tensors[name].shape)}, the model's is {shape}")
+            raise UserError(
+                f"{origin}: {named([name])} has shape {tuple(tensors[name].shape)}, the model's is {shape}",
+                _OTHER_MODEL,
+            )
+
+
+def _refuse_no_hub_name(name: str) -> None:
+    first = name.split("/", maxsplit=1)[0]
+    if not _HUB_NAME.fullmatch(name) or first in {".", ".."} or Path(first).is_dir():
+        raise UserError(f"there is no folder {name}", f"name {_KINDS}")
 
 
 def _download(name: str) -> Path:
     """Fetches a repository of the hub into its cache; what is there already is not fetched again."""
-    first = name.split("/", maxsplit=1)[0]
-    if not _HUB_NAME.fullmatch(name) or first in {".", ".."} or Path(first).is_dir():
-        raise UserError(f"there is no folder {name}", f"name {_KINDS}")
+    _refuse_no_hub_name(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

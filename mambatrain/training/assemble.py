@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch import Tensor
 
 import mambatrain
 from mambatrain.data.batches import HeldOutBatches, TrainingOrder, Windows
-from mambatrain.data.token_corpus import TokenCorpus, open_token_corpus
-from mambatrain.data.tokenizer import have_same_vocabulary
+from mambatrain.data.token_corpus import TokenCorpus, open_token_corpus, verify_token_corpus
+from mambatrain.data.tokenizer import encode_alike
 from mambatrain.devices import (
     DeviceName,
     Precision,
@@ -23,11 +22,12 @@ from mambatrain.devices import (
     start_accelerator,
 )
 from mambatrain.errors import UserError
+from mambatrain.files import explaining_full_disk, write_json_whole
 from mambatrain.models.flops import count_parameters, training_flops_per_token
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import initialise
 from mambatrain.ops.backends import Backend, choose_backend
-from mambatrain.ops.self_check import check_backend
+from mambatrain.ops.self_check import SelfCheck, check_backend
 from mambatrain.recipe import Recipe
 from mambatrain.runs.checkpoint import MODEL_FILE, OPTIMIZER_FILE, Progress, read_progress
 from mambatrain.runs.folder import RunFolder
@@ -52,68 +52,66 @@ class Where:
     quiet: bool = False
 
 
-def assemble(
-    recipe: Recipe,
-    folder: RunFolder,
-    where: Where,
-    accelerator: Accelerator,
-    resolved: Resolved,
-    checkpoint: Path | None,
-    weights: Weights | None,
-) -> TrainingRun:
+@dataclass(frozen=True)
+class Parts:
+    """What is decided before a file of the run is written."""
+
+    accelerator: Accelerator
+    resolved: Resolved
+    data: TokenCorpus
+    backend: Backend
+    check: SelfCheck
+    weights: Weights | None
+
+
+def choose_parts(
+    recipe: Recipe, where: Where, accelerator: Accelerator, resolved: Resolved, weights: Weights | None
+) -> Parts:
+    """Opens the data, chooses the kernels and lets them prove themselves.
+
+    Raises:
+        UserError: data, tokenizer, weights and recipe do not fit each other, or a kernel cannot run or is wrong.
+    """
+    data = open_data(recipe, weights)
+    if accelerator.is_main_process:
+        verify_token_corpus(data)
+    backend = choose_backend(where.kernels, accelerator.device, parameter_dtype(resolved.precision))
+    check = check_backend(backend, recipe.model.block, accelerator.device)
+    return Parts(accelerator, resolved, data, backend, check, weights)
+
+
+def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, checkpoint: Path | None) -> TrainingRun:
     """Builds model, optimizer, data and reporter, restored from a checkpoint where there is one.
 
     Args:
         recipe: what is trained.
-        folder: the run's folder, locked by rank 0.
-        where: device, kernels, tracker.
-        accelerator: the processes of this run.
-        resolved: precision and micro-batch.
-        checkpoint: what to resume from.
-        weights: what to start from; None starts from the initialisation of the parameter table.
-
-    Raises:
-        UserError: data, tokenizer, weights and recipe do not fit each other, or a kernel fails its self-check.
+        folder: the run's folder, locked by rank 0 and brought to the moment of the checkpoint.
+        where: tracker and loudness.
+        parts: what was decided before.
+        checkpoint: what to resume from; without one a run starts from `parts.weights`, or from the initialisation of
+            the parameter table.
     """
-    is_main = accelerator.is_main_process
-    data = open_data(recipe, weights)
-    backend = choose_backend(where.kernels, accelerator.device, parameter_dtype(resolved.precision))
-    check = check_backend(backend, recipe.model.block, accelerator.device)
-    model = build_model(recipe, backend, accelerator.device, resolved.precision, checkpoint, weights)
+    accelerator, resolved, data = parts.accelerator, parts.resolved, parts.data
+    model = build_model(recipe, parts.backend, accelerator.device, resolved.precision, checkpoint, parts.weights)
     objective = NextTokenLoss(model)
     optimizer = build_optimizer(model, recipe.optimizer)
     progress = Progress()
     if checkpoint is not None:
         restore_optimizer(optimizer, model, _read_tensors(checkpoint / OPTIMIZER_FILE))
         progress = read_progress(checkpoint)
-    peak_flops, peak_source = measure_peak_flops(accelerator.device, resolved.precision)
-    facts: dict[str, Any] = {
-        "mambatrain": mambatrain.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": _device_name(accelerator.device),
-        "num_processes": accelerator.num_processes,
-        **asdict(resolved),
-        "kernels": {
-            "backend": backend.name,
-            "reason": backend.reason,
-            "self_check": asdict(check) | {"passed": check.passed},
-        },
-        "parameters": count_parameters(recipe.model),
-        "peak_flops": peak_flops,
-        "peak_flops_source": peak_source,
-        "data_digest": data.manifest.files["train.bin"].sha256,
-        "started_from": None if weights is None else {"origin": weights.origin, "digest": weights.digest},
-    }
+    held_out = _held_out_batches(data, recipe)
+    facts = describe_run(recipe, parts)
     tracker = None
-    if is_main:
-        folder.facts_file.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    if accelerator.is_main_process:
+        with explaining_full_disk(str(folder.facts_file)):
+            write_json_whole(folder.facts_file, facts)
         if where.tracker == "wandb":
             tracker = WandbTracker(folder, recipe.model_dump(mode="json"))
             print_fact("wandb", tracker.where)
         if not where.quiet:
-            _print_facts(recipe, folder, facts, backend, progress)
-    quiet = where.quiet or not is_main
+            _print_facts(recipe, folder, facts, parts.backend, progress, held_out)
+    quiet = where.quiet or not accelerator.is_main_process
+    live = LiveLine(recipe.total_steps, progress.step, quiet)
     return TrainingRun(
         recipe=recipe,
         folder=folder,
@@ -122,13 +120,37 @@ def assemble(
         prepared=accelerator.prepare(objective),
         optimizer=optimizer,
         order=TrainingOrder(Windows(data.train, recipe.data.row_tokens), recipe.rows_per_step, recipe.data.seed),
-        held_out=_held_out_batches(data, recipe),
-        micro_batch_rows=min(resolved.micro_batch_rows, recipe.rows_per_step // accelerator.num_processes),
+        held_out=held_out,
+        micro_batch_rows=resolved.micro_batch_rows,
         progress=progress,
-        reporter=RunReporter(folder, LiveLine(recipe.total_steps, progress.step, quiet), tracker, writes=is_main),
+        reporter=RunReporter(folder, live, tracker, writes=accelerator.is_main_process),
         flops_per_token=training_flops_per_token(recipe.model, recipe.data.row_tokens),
-        peak_flops=peak_flops,
+        peak_flops=facts["peak_flops"],
     )
+
+
+def describe_run(recipe: Recipe, parts: Parts) -> dict[str, Any]:
+    """run.json: where a run runs and what it came from."""
+    device, weights = parts.accelerator.device, parts.weights
+    peak_flops, peak_source = measure_peak_flops(device, parts.resolved.precision)
+    return {
+        "mambatrain": mambatrain.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": _device_name(device),
+        "num_processes": parts.accelerator.num_processes,
+        **asdict(parts.resolved),
+        "kernels": {
+            "backend": parts.backend.name,
+            "reason": parts.backend.reason,
+            "self_check": asdict(parts.check) | {"passed": parts.check.passed},
+        },
+        "parameters": count_parameters(recipe.model),
+        "peak_flops": peak_flops,
+        "peak_flops_source": peak_source,
+        "data_digest": parts.data.digest,
+        "started_from": None if weights is None else {"origin": weights.origin, "digest": weights.digest},
+    }
 
 
 def parameter_dtype(precision: Precision) -> torch.dtype:
@@ -148,7 +170,7 @@ def open_data(recipe: Recipe, weights: Weights | None) -> TokenCorpus:
     if (
         weights is not None
         and weights.tokenizer_file is not None
-        and not have_same_vocabulary(weights.tokenizer_file, data.tokenizer_file)
+        and not encode_alike(weights.tokenizer_file, data.tokenizer_file)
     ):
         raise UserError(
             f"{recipe.data.shards} was tokenized with another tokenizer than that of {weights.origin}",
@@ -220,15 +242,21 @@ def _device_name(device: torch.device) -> str:
 
 
 def _print_facts(
-    recipe: Recipe, folder: RunFolder, facts: dict[str, Any], backend: Backend, progress: Progress
+    recipe: Recipe,
+    folder: RunFolder,
+    facts: dict[str, Any],
+    backend: Backend,
+    progress: Progress,
+    held_out: HeldOutBatches | None,
 ) -> None:
-    model = recipe.model
     print_fact("run", str(folder.path) + (f", resumed at step {progress.step:,}" if progress.draw else ""))
-    print_fact("model", f"{model.block}, {facts['parameters']['total']:,} parameters")
-    print_fact("data", f"{recipe.data.shards}, rows of {recipe.data.row_tokens}")
+    print_fact("model", f"{recipe.model.block}, {facts['parameters']['total']:,} parameters")
+    counted = "nothing held out" if held_out is None else f"{held_out.num_targets:,} tokens held out"
+    print_fact("data", f"{recipe.data.shards}, rows of {recipe.data.row_tokens}, {counted}")
+    processes = "1 process" if facts["num_processes"] == 1 else f"{facts['num_processes']} processes"
     print_fact(
         "training",
         f"{recipe.total_steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts['precision']}, "
-        f"micro-batches of {facts['micro_batch_rows']} rows, {facts['num_processes']} process(es) on {facts['device']}",
+        f"micro-batches of {facts['micro_batch_rows']} rows, {processes} on {facts['device']}",
     )
     print_fact("kernels", f"{backend.name}: {backend.reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from torch import Tensor
 from mambatrain.data.batches import IGNORED_TARGET, HeldOutBatches, MicroBatch, TrainingOrder
 from mambatrain.devices import peak_memory_bytes
 from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
+from mambatrain.files import explaining_full_disk
 from mambatrain.runs.checkpoint import Progress, prune_checkpoints, save_checkpoint
-from mambatrain.runs.files import explaining_full_disk
 from mambatrain.training.guards import find_fault, refuse_endless_skipping
 from mambatrain.training.optimizer import optimizer_tensors, set_learning_rate
 from mambatrain.training.schedule import learning_rate_at
@@ -66,8 +67,8 @@ class Draw:
     """Whether any rank was asked to stop."""
 
 
-def train(run: TrainingRun) -> bool:
-    """Trains to the recipe's last step.
+def train(run: TrainingRun, stop: StopRequest) -> bool:
+    """Trains to the recipe's last step, or to the end of the draw in which a stop was asked for.
 
     Returns:
         True where the run was asked to stop before; a checkpoint is written either way.
@@ -76,7 +77,7 @@ def train(run: TrainingRun) -> bool:
         UserError: too many draws in a row could not be applied, or the disk is full.
     """
     recipe, progress = run.recipe, run.progress
-    with StopRequest() as stop, explaining_full_disk(f"the log of {run.folder.path}"):
+    with explaining_full_disk(f"the log of {run.folder.path}"):
         if progress.draw == 0:
             evaluate_held_out(run)
         saved_step = progress.step if progress.draw else -1
@@ -163,12 +164,13 @@ def evaluate_held_out(run: TrainingRun) -> bool:
             "step": progress.step,
             "draw": progress.draw,
             "tokens_seen": progress.tokens_seen,
-            "held_out_loss": loss.nats_per_token,
-            "held_out_bits_per_byte": loss.bits_per_byte,
+            "held_out_loss": finite_or_none(loss.nats_per_token),
+            "held_out_bits_per_byte": finite_or_none(loss.bits_per_byte),
             "held_out_tokens": loss.num_targets,
         }
     )
-    improved = progress.best_held_out_loss is None or loss.nats_per_token < progress.best_held_out_loss
+    best = progress.best_held_out_loss
+    improved = math.isfinite(loss.nats_per_token) and (best is None or loss.nats_per_token < best)
     if improved and progress.step > 0:
         progress.best_step, progress.best_held_out_loss = progress.step, loss.nats_per_token
     return improved
@@ -177,6 +179,7 @@ def evaluate_held_out(run: TrainingRun) -> bool:
 def save(run: TrainingRun) -> None:
     """Writes a checkpoint on rank 0 while the others wait, and removes those the recipe does not keep."""
     if run.accelerator.is_main_process:
+        run.reporter.sync()
         model = {name: value.detach() for name, value in run.objective.model.named_parameters()}
         save_checkpoint(
             run.folder.checkpoints, run.progress, model, optimizer_tensors(run.optimizer, run.objective.model)
@@ -212,6 +215,11 @@ def write_draw(run: TrainingRun, draw: Draw, fault: str | None, learning_rate: f
         run.reporter.say(f"draw {progress.draw - 1} was skipped: {fault}")
     progress.log_lines += 1
     run.reporter.write_step(line, run.recipe.training.log_every_steps)
+
+
+def finite_or_none(value: float) -> float | None:
+    """NaN and infinity are not JSON."""
+    return value if math.isfinite(value) else None
 
 
 def is_due(interval: int, run: TrainingRun) -> bool:

@@ -52,7 +52,10 @@ class LiveLine:
             left = (now - self._started) / done * (self._total_steps - step)
             self._console.print(f"step {step:,}/{self._total_steps:,}  {text}  {left:,.0f} s left", soft_wrap=True)
 
-    def show_held_out(self, step: int, bits_per_byte: float, nats_per_token: float) -> None:
+    def show_held_out(self, step: int, bits_per_byte: float | None, nats_per_token: float | None) -> None:
+        if bits_per_byte is None or nats_per_token is None:
+            self.say(f"step {step:,}: the held-out loss is not finite")
+            return
         self._held_out = f"held out {bits_per_byte:.3f} bits/byte  "
         self.say(f"step {step:,}: held out {nats_per_token:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
 
@@ -116,6 +119,11 @@ class RunReporter:
 
     def say(self, text: str) -> None:
         self._live.say(text)
+
+    def sync(self) -> None:
+        """Before a checkpoint that counts the log's lines."""
+        if self._log is not None:
+            self._log.sync()
 
     def close(self) -> None:
         self._live.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from mambatrain.errors import UserError
 from mambatrain.models.flops import count_parameters
 from mambatrain.recipe import Recipe
 from mambatrain.runs.folder import RunFolder
+from mambatrain.runs.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,53 @@ class Resolved:
 
 def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, num_processes: int, fresh: bool) -> Resolved:
     """Precision and micro-batch: as recorded in the run, or chosen now."""
-    if not fresh and folder.facts_file.is_file():
-        facts = json.loads(folder.facts_file.read_text(encoding="utf-8"))
-        return Resolved(facts["precision"], int(facts["micro_batch_rows"]))
-    precision = resolve_precision(recipe.training.precision, device)
-    asked = recipe.training.micro_batch_rows
     rows = recipe.rows_per_step // num_processes
     if rows * num_processes != recipe.rows_per_step:
         raise UserError(
             f"{recipe.rows_per_step} rows a step do not divide into {num_processes} processes",
             "--set training.rows_per_step to a multiple, or start another number of processes",
         )
+    if not fresh:
+        facts = read_facts(folder)
+        return Resolved(facts["precision"], min(rows, int(facts["micro_batch_rows"])))
+    precision = resolve_precision(recipe.training.precision, device)
+    asked = recipe.training.micro_batch_rows
     return Resolved(precision, min(rows, choose_micro_batch_rows(recipe, rows, device) if asked == "auto" else asked))
+
+
+def read_facts(folder: RunFolder) -> dict[str, Any]:
+    """What run.json recorded.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        facts: dict[str, Any] = json.loads(folder.facts_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder.facts_file} cannot be read: {error}", "restore it, or begin again with --fresh"
+        ) from None
+    return facts
+
+
+def refuse_changed_origin(folder: RunFolder, data_digest: str, weights: Weights | None) -> None:
+    """A run goes on with the data and from the weights that it began with.
+
+    Raises:
+        UserError: another digest than run.json recorded.
+    """
+    facts = read_facts(folder)
+    began_from = facts["started_from"]
+    changed = {
+        "the tokens of its data folder": (facts["data_digest"], data_digest),
+        "the weights it starts from": (began_from and began_from["digest"], weights and weights.digest),
+    }
+    for what, (before, now) in changed.items():
+        if before != now:
+            raise UserError(
+                f"{folder.path} cannot go on: {what} changed since it began\n  began with {before}\n  now        {now}",
+                "bring back what it began with, or begin again with --fresh",
+            )
 
 
 def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device) -> int:

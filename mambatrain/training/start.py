@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 from mambatrain.errors import UserError
+from mambatrain.files import explaining_full_disk, write_text_whole
 from mambatrain.launch import EXIT_STOPPED, rank_of_process
 from mambatrain.recipe import Recipe, differing_settings, read_recipe, write_recipe
 from mambatrain.report.loss_picture import draw_loss
-from mambatrain.runs.checkpoint import newest_valid_checkpoint, read_progress
-from mambatrain.runs.files import explaining_full_disk, write_text_whole
+from mambatrain.runs.checkpoint import (
+    checkpoint_to_resume,
+    list_checkpoints,
+    read_progress,
+    set_newer_aside,
+)
 from mambatrain.runs.folder import RunFolder, cut_log, read_log
 from mambatrain.runs.weights import Weights
-from mambatrain.training.assemble import Where, assemble, start_processes
+from mambatrain.training.assemble import Where, assemble, choose_parts, start_processes
 from mambatrain.training.loop import train
 from mambatrain.training.metrics import print_fact
+from mambatrain.training.resolve import refuse_changed_origin
+from mambatrain.training.stop import StopRequest
 
 Resume = Literal["if-possible", "required", "fresh"]
 
 
-def run_training(recipe: Recipe, path: Path, where: Where, resume: Resume, weights: Weights | None = None) -> int:
+def run_training(
+    recipe: Recipe, path: Path, where: Where, resume: Resume, stop: StopRequest, weights: Weights | None = None
+) -> int:
     """Trains a recipe in a run folder, from where the folder's newest whole checkpoint left off.
 
     Args:
@@ -31,6 +39,7 @@ def run_training(recipe: Recipe, path: Path, where: Where, resume: Resume, weigh
         where: device, kernels, tracker.
         resume: `if-possible` continues a run of the same recipe, `required` refuses to begin, `fresh` moves what
             is there aside and begins.
+        stop: entered by the caller, so that a signal while things are set up is a request, too.
         weights: what a new run starts from; None is the initialisation.
 
     Returns:
@@ -42,31 +51,46 @@ def run_training(recipe: Recipe, path: Path, where: Where, resume: Resume, weigh
     folder = RunFolder(path)
     is_main = rank_of_process() == 0
     with folder.locked() if is_main else nullcontext():
-        fresh = resume == "fresh" or newest_valid_checkpoint(path) is None
+        if is_main and resume == "fresh":
+            _move_aside(folder)
         if is_main:
-            if resume == "fresh":
-                _move_aside(folder)
+            refuse_foreign_folder(folder)
             refuse_other_recipe(recipe, folder)
-        accelerator, resolved = start_processes(recipe, folder, where, fresh)
-        checkpoint = None if fresh else _find_checkpoint(folder, is_main)
+        damaged: list[str] = []
+        checkpoint = None if resume == "fresh" else checkpoint_to_resume(path, damaged)
         if checkpoint is None and resume == "required":
             raise UserError(f"{path} holds no whole checkpoint to resume from", "leave --resume out to begin a new run")
+        accelerator, resolved = start_processes(recipe, folder, where, fresh=checkpoint is None)
+        # All that can be refused is, before a file of the run is written: a typo must not leave a run behind.
+        parts = choose_parts(recipe, where, accelerator, resolved, weights)
         if is_main:
-            _prepare_folder(recipe, folder, checkpoint)
+            if checkpoint is not None:
+                refuse_changed_origin(folder, parts.data.digest, weights)
+            _prepare_folder(recipe, folder, checkpoint, damaged)
         accelerator.wait_for_everyone()
-        run = assemble(recipe, folder, where, accelerator, resolved, checkpoint, weights)
+        run = assemble(recipe, folder, where, parts, checkpoint)
+        stopped = False
         try:
             if run.progress.step >= recipe.total_steps:
                 run.reporter.say(f"{path} is finished: {run.progress.step:,} steps are done")
-                stopped = False
             else:
-                stopped = train(run)
+                stopped = train(run, stop)
         finally:
             run.reporter.close()
         if is_main:
-            _conclude(run.recipe, folder, stopped)
+            _conclude(recipe, folder, stopped)
         accelerator.wait_for_everyone()
     return EXIT_STOPPED if stopped else 0
+
+
+def refuse_foreign_folder(folder: RunFolder) -> None:
+    """
+    Raises:
+        UserError: there are files in the folder and no run that they could belong to.
+    """
+    files = [path for path in folder.path.iterdir() if path.name != ".lock" and not path.name.startswith("before-")]
+    if files and not folder.exists():
+        raise UserError(f"{folder.path} is not empty and holds no run", "give a new --run folder")
 
 
 def refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -74,7 +98,8 @@ def refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
     Raises:
         UserError: the folder holds a run of another recipe; the keys that differ are named.
     """
-    if not folder.exists():
+    begun = list_checkpoints(folder.path) or read_log(folder.log_file)
+    if not folder.exists() or not begun:
         return
     differing = differing_settings(read_recipe(str(folder.recipe_file)), recipe)
     if differing:
@@ -84,47 +109,59 @@ def refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
         )
 
 
-def _find_checkpoint(folder: RunFolder, is_main: bool) -> Path | None:
-    damaged: list[str] = []
-    checkpoint = newest_valid_checkpoint(folder.path, damaged)
-    if is_main:
-        for damage in damaged:
-            print_fact("warning", f"{damage}; an older checkpoint is used")
-    return checkpoint
-
-
-def _prepare_folder(recipe: Recipe, folder: RunFolder, checkpoint: Path | None) -> None:
+def _prepare_folder(recipe: Recipe, folder: RunFolder, checkpoint: Path | None, damaged: list[str]) -> None:
     """Brings the folder to the moment of the checkpoint, or to the beginning."""
+    for damage in damaged:
+        print_fact("warning", f"{damage}; an older checkpoint is used")
     with explaining_full_disk(f"run folder {folder.path}"):
         folder.stopped_marker.unlink(missing_ok=True)
+        if checkpoint is not None:
+            set_newer_aside(folder.path, checkpoint)
+        write_text_whole(folder.recipe_file, write_recipe(recipe))  # first: it says that the other files are a run's
         cut_log(folder.log_file, 0 if checkpoint is None else read_progress(checkpoint).log_lines)
         tokenizer = Path(recipe.data.shards) / "tokenizer.json"
-        if tokenizer.is_file() and not folder.tokenizer_file.exists():
-            shutil.copyfile(tokenizer, folder.tokenizer_file)
-        write_text_whole(folder.recipe_file, write_recipe(recipe))
+        if tokenizer.is_file() and checkpoint is None:
+            write_text_whole(folder.tokenizer_file, tokenizer.read_text(encoding="utf-8"))
 
 
 def _conclude(recipe: Recipe, folder: RunFolder, stopped: bool) -> None:
-    """The picture, the marker and the last words."""
-    if draw_loss(read_log(folder.log_file), folder.loss_picture, f"{folder.path.name}: {recipe.model.block}"):
-        print_fact("picture", str(folder.loss_picture))
-    checkpoint = newest_valid_checkpoint(folder.path)
-    if checkpoint is not None:
-        print_fact("checkpoint", str(checkpoint))
+    """The marker first: a batch script waits for it. Then the picture and the last words."""
     if stopped:
         write_text_whole(folder.stopped_marker, "asked to stop; the same command continues\n")
+    try:
+        if draw_loss(read_log(folder.log_file), folder.loss_picture, f"{folder.path.name}: {recipe.model.block}"):
+            print_fact("picture", str(folder.loss_picture))
+    except (OSError, ImportError) as error:  # the weights are safe: a picture is no reason to fail
+        print_fact("warning", f"{folder.loss_picture} was not drawn: {error}")
+    if checkpoints := list_checkpoints(folder.path):
+        print_fact("checkpoint", str(checkpoints[-1]))
+    if stopped:
         print_fact("stopped", "the same command continues from here")
 
 
 def _move_aside(folder: RunFolder) -> None:
-    """Renames what a --fresh run would replace: nothing is deleted."""
-    for number in range(1, 10_000):
-        aside = folder.path / f"before-{number}"
-        if not aside.exists():
-            break
-    old = [path for path in folder.path.iterdir() if path.name != ".lock" and not path.name.startswith("before-")]
-    if old:
-        aside.mkdir()
-        for path in old:
-            path.replace(aside / path.name)
-        print_fact("moved", f"the earlier run to {aside}")
+    """Moves an earlier run into RUN/before-N; nothing is deleted and nothing else is touched.
+
+    The checkpoints go first and the recipe last: cut short, what remains is never taken for a run to resume.
+    """
+    number = 1
+    while (folder.path / f"before-{number}").exists():
+        number += 1
+    aside = folder.path / f"before-{number}"
+    parts = (
+        folder.checkpoints,
+        folder.log_file,
+        folder.facts_file,
+        folder.loss_picture,
+        folder.stopped_marker,
+        folder.tokenizer_file,
+        folder.path / "wandb",
+        folder.recipe_file,
+    )
+    if not (folder.exists() or folder.checkpoints.exists()):
+        return
+    aside.mkdir()
+    for part in parts:
+        if part.exists():
+            part.replace(aside / part.name)
+    print_fact("moved", f"the earlier run to {aside}")

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed-fp64": {"training__precision": "fp64", "training__activation_checkpointing": "every_block"},
 }
 MOVED = "mamba1-fp64"
+RESUMED = "mamba1-fp32"
 
 
 def launch(world_size: int, cases: list[dict[str, str]], folder: Path) -> None:
@@ -38,6 +38,7 @@ def launch(world_size: int, cases: list[dict[str, str]], folder: Path) -> None:
         capture_output=True,
         text=True,
         timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -59,6 +60,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
                 shutil.rmtree(checkpoint)
             cases.append({"recipe": str(recipes[MOVED]), "run": str(moved), "resume": "required"})
         launch(world_size, cases, folder)
+    # One more launch: a process that goes on must sum over ranks in the same order as one that never stopped.
+    again = folder / "4" / "again"
+    shutil.copytree(folder / "4" / RESUMED, again)
+    for checkpoint in list_checkpoints(again)[1:]:
+        shutil.rmtree(checkpoint)
+    launch(4, [{"recipe": str(recipes[RESUMED]), "run": str(again), "resume": "required"}], folder)
     return folder
 
 
@@ -102,6 +109,12 @@ def test_a_run_of_2_processes_goes_on_with_another_number(runs: Path, world_size
     ]
     for name, value in final[0].items():
         assert value == pytest.approx(final[1][name], rel=1e-8, abs=1e-10), name
+
+
+def test_4_processes_resumed_equal_4_that_never_stopped_to_the_bit(runs: Path) -> None:
+    names = ("model.safetensors", "optimizer.safetensors", "progress.json")
+    resumed, never_stopped = (list_checkpoints(runs / "4" / place)[-1] for place in ("again", RESUMED))
+    assert [(resumed / name).read_bytes() for name in names] == [(never_stopped / name).read_bytes() for name in names]
 
 
 def test_activation_checkpointing_changes_nothing(runs: Path) -> None:

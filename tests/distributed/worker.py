@@ -14,11 +14,12 @@ from mambatrain.devices import end_processes
 from mambatrain.recipe import read_recipe
 from mambatrain.training.assemble import Where
 from mambatrain.training.start import run_training
+from mambatrain.training.stop import StopRequest
 
 torch.set_num_threads(1)
 for case in json.loads(Path(sys.argv[1]).read_text()):
     where = Where(device="cpu", kernels="torch", quiet=True)
-    assert run_training(read_recipe(case["recipe"]), Path(case["run"]), where, case["resume"]) == 0
+    assert run_training(read_recipe(case["recipe"]), Path(case["run"]), where, case["resume"], StopRequest()) == 0
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     assert world == int(os.environ["EXPECTED_WORLD_SIZE"]), f"{world} processes joined"
 end_processes()

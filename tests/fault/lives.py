@@ -1,4 +1,4 @@
-"""Runs one recipe in as many lives as it takes: `python lives.py RECIPE RUN SEED KILLS MAX_SECONDS`.
+"""Runs one recipe in as many lives as it takes: `python lives.py RECIPE RUN SEED KILLS MAX_SECONDS KERNELS`.
 
 Each life is a fork of this process, which has imported everything and computed nothing, so that a life costs no
 start-up. It is killed with SIGKILL, KILLS times: every fifth at a random moment of its start, the others at a random
@@ -24,11 +24,14 @@ from mambatrain.recipe import read_recipe
 from mambatrain.runs.checkpoint import newest_valid_checkpoint
 from mambatrain.training.assemble import Where
 from mambatrain.training.start import run_training
+from mambatrain.training.stop import StopRequest
 
 
-def live(recipe: str, run: Path) -> None:
+def live(recipe: str, run: Path, kernels: str) -> None:
     torch.set_num_threads(1)
-    os._exit(run_training(read_recipe(recipe), run, Where(device="cpu", kernels="torch", quiet=True), "if-possible"))
+    where = Where(device="cpu", kernels=kernels, quiet=True)
+    with StopRequest() as stop:
+        os._exit(run_training(read_recipe(recipe), run, where, "if-possible", stop))
 
 
 def wait_for_growth(log: Path, child: int) -> None:
@@ -45,12 +48,12 @@ def wait_for_growth(log: Path, child: int) -> None:
 def main() -> None:
     recipe, run = sys.argv[1], Path(sys.argv[2])
     rng = random.Random(int(sys.argv[3]))
-    kills, max_seconds = int(sys.argv[4]), float(sys.argv[5])
+    kills, max_seconds, kernels = int(sys.argv[4]), float(sys.argv[5]), sys.argv[6]
     lives = []
     for number in range(kills + 1):
         child = os.fork()
         if child == 0:
-            live(recipe, run)
+            live(recipe, run, kernels)
         if number < kills:
             if number % 5:
                 wait_for_growth(run / "log.jsonl", child)

@@ -17,6 +17,7 @@ from mambatrain.runs.folder import read_log
 from mambatrain.training.assemble import Where
 from mambatrain.training.objective import NextTokenLoss
 from mambatrain.training.start import run_training
+from mambatrain.training.stop import StopRequest
 
 WHERE = Where(device="cpu", kernels="torch", quiet=True)
 Poison = Callable[[Tensor], Tensor]
@@ -58,7 +59,7 @@ def test_a_bad_draw_is_skipped_and_said(
         str(write_tiny_recipe(training__total_steps=6, checkpoint__every_steps=1, checkpoint__keep_newest=9))
     )
     poison_draws(monkeypatch, {2, 3}, poison)
-    assert run_training(recipe, tmp_path / "run", WHERE, "if-possible") == 0
+    assert run_training(recipe, tmp_path / "run", WHERE, "if-possible", StopRequest()) == 0
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["event"] != "held_out"]
     assert [line["event"] for line in lines] == ["step"] * 2 + ["skipped"] * 2 + ["step"] * 4
     assert [line["draw"] for line in lines] == list(range(8)), "the data goes on"
@@ -75,5 +76,5 @@ def test_a_run_that_only_meets_bad_draws_ends_with_its_checkpoint_whole(
     recipe = read_recipe(str(write_tiny_recipe(training__total_steps=20)))
     poison_draws(monkeypatch, set(range(4, 100)), lambda loss: loss * math.nan)
     with pytest.raises(UserError, match="10 draws in a row were skipped"):
-        run_training(recipe, tmp_path / "run", WHERE, "if-possible")
+        run_training(recipe, tmp_path / "run", WHERE, "if-possible", StopRequest())
     assert read_progress(list_checkpoints(tmp_path / "run")[-1]).step == 4

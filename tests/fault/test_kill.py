@@ -15,17 +15,10 @@ from mambatrain.runs.folder import read_log
 TIMES_AND_RATES = {"seconds", "data_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes"}
 
 
-def run_lives(recipe: Path, run: Path, seed: int, kills: int, max_seconds: float) -> list[dict[str, Any]]:
-    command = [
-        sys.executable,
-        Path(__file__).with_name("lives.py"),
-        recipe,
-        run,
-        str(seed),
-        str(kills),
-        str(max_seconds),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+def run_lives(recipe: Path, run: Path, seed: int, kills: int, max_seconds: float, kernels: str) -> list[dict[str, Any]]:
+    arguments = [recipe, run, str(seed), str(kills), str(max_seconds), kernels]
+    command = [sys.executable, Path(__file__).with_name("lives.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     lives: list[dict[str, Any]] = json.loads(done.stdout)
     return lives
@@ -43,19 +36,22 @@ def outcome(run: Path) -> tuple[dict[str, dict[str, bytes]], list[dict[str, Any]
     return checkpoints, log
 
 
-@pytest.mark.parametrize("block", ["mamba1", "mamba2"])
-def test_twenty_kills_change_nothing(block: str, write_tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    model = {"model__block": block, "model__head_dim": 16} if block == "mamba2" else {"model__block": block}
+@pytest.mark.parametrize(
+    ("block", "kernels", "kills"), [("mamba1", "auto", 20), ("mamba1", "torch", 6), ("mamba2", "auto", 20)]
+)
+def test_kills_change_nothing(
+    block: str, kernels: str, kills: int, write_tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     recipe = write_tiny_recipe(
-        **model,
+        model__block=block,
+        **({"model__head_dim": 16} if block == "mamba2" else {}),
         training__total_steps=60,
         training__micro_batch_rows=2,
         checkpoint__every_steps=3,
         evaluation__every_steps=7,
     )
-    kills = 20 if block == "mamba1" else 5
-    undisturbed = run_lives(recipe, tmp_path / "undisturbed", 0, 0, 0)
-    lives = run_lives(recipe, tmp_path / "killed", 11, kills, 0.5)
+    undisturbed = run_lives(recipe, tmp_path / "undisturbed", 0, 0, 0, kernels)
+    lives = run_lives(recipe, tmp_path / "killed", 11, kills, 0.5, kernels)
     assert [life["signal"] for life in undisturbed] == [0]
     assert len({life["checkpoint"] for life in lives if life["signal"] == 9}) > kills // 5, "the run ended too early"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")

@@ -55,14 +55,18 @@ def full_precision(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-@functools.cache
 def load_library() -> ctypes.CDLL:
     """The kernels for this processor.
 
     Raises:
         OSError: they were not built or cannot be loaded; the message says why.
     """
-    path = _library_path()
+    return _load(processor_level())
+
+
+@functools.cache
+def _load(level: str) -> ctypes.CDLL:
+    path = library_path(level)
     if not path.exists():
         note = path.with_name("not_built.txt")
         raise OSError(note.read_text().strip() if note.exists() else f"{path.name} is not part of this installation")
@@ -71,8 +75,9 @@ def load_library() -> ctypes.CDLL:
     library.set_parallel_region.argtypes = [ctypes.c_void_p]
     # libtorch_cpu is loaded already; a name looked up through it is found in the OpenMP runtime that it uses itself.
     runtime = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    if hasattr(runtime, "GOMP_parallel"):
-        library.set_parallel_region(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))
+    if not hasattr(runtime, "GOMP_parallel"):
+        raise OSError("torch's OpenMP runtime has no GOMP_parallel, by which they would share its threads")
+    library.set_parallel_region(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))
     return library
 
 
@@ -87,7 +92,7 @@ def why_unavailable() -> str | None:
 
 def describe_library() -> str:
     """The kernels that run here, for people: `x86-64-v4, 16 lanes`."""
-    return f"{_level()}, {load_library().vector_width()} lanes"
+    return f"{processor_level()}, {vector_width()} lanes"
 
 
 def vector_width() -> int:
@@ -95,14 +100,16 @@ def vector_width() -> int:
     return int(load_library().vector_width())
 
 
-def _level() -> str:
+def processor_level() -> str:
+    """The level of the instruction set whose library runs here."""
     if platform.machine() in ("aarch64", "arm64"):
         return "neon"
     return LEVELS.get(torch.backends.cpu.get_cpu_capability(), "x86-64-v2")
 
 
-def _library_path() -> Path:
-    specification = importlib.util.find_spec("mambatrain._kernels")
-    if specification is None or specification.origin is None:
+def library_path(level: str) -> Path:
+    """Where the installation has put the library of a level, if it could build it."""
+    package = importlib.util.find_spec("mambatrain._kernels")
+    if package is None or package.origin is None:
         raise OSError("mambatrain is not installed, so its kernels have not been built")
-    return Path(specification.origin).parent / "lib" / f"mambatrain-{_level()}.so"
+    return Path(package.origin).parent / "lib" / f"mambatrain-{level}.so"

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from mambatrain.errors import UserError
 from mambatrain.recipe import ModelSection
 
+_NOT_OURS = "a model of other sizes or settings can be read"
+
 
 @dataclass(frozen=True)
 class NameTable:
@@ -69,11 +71,14 @@ def section_from_settings(
         problem = error.errors()[0]
         message = problem["msg"].removeprefix("Value error, ")
         if not problem["loc"]:
-            raise UserError(f"{origin} describes a model that mambatrain cannot represent: {message}") from None
+            raise UserError(
+                f"{origin} describes a model that mambatrain cannot represent: {message}", _NOT_OURS
+            ) from None
         field = str(problem["loc"][0])
         raise UserError(
             f"{origin} has {theirs_of.get(field, field)} = {values.get(field)!r}, "
-            f"which mambatrain's model cannot represent: {message}"
+            f"which mambatrain's model cannot represent: {message}",
+            _NOT_OURS,
         ) from None
 
 

@@ -120,7 +120,8 @@ def section_from_config(config: Mapping[str, Any], origin: str) -> ModelSection:
     if kind == "mamba2" and section.num_heads != config["num_heads"]:
         raise UserError(
             f"{origin} has num_heads = {config['num_heads']!r}, "
-            f"but expand * hidden_size / head_dim is {section.num_heads}"
+            f"but expand * hidden_size / head_dim is {section.num_heads}",
+            "the configuration contradicts itself: fetch or write the folder again",
         )
     return section
 

@@ -51,7 +51,8 @@ def test_computed_in_fp32_whatever_the_precision(dtype: torch.dtype, autocast: b
     truth = plain_rms_norm(x.double()) * weight, plain_rms_norm(gated).flatten(-2) * weight
     for one, other in zip(found, truth, strict=True):
         assert one.dtype == dtype
-        torch.testing.assert_close(one.double(), other, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+        roundings = 0.55 if dtype == torch.bfloat16 else 8  # half a unit is the last rounding's
+        torch.testing.assert_close(one.double(), other, rtol=roundings * torch.finfo(dtype).eps, atol=1e-7)
 
 
 def test_backward_keeps_inputs_and_one_number_a_norm() -> None:

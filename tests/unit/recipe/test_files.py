@@ -17,7 +17,6 @@ from mambatrain.recipe import (
     write_recipe,
 )
 
-
 GENERAL = "`mambatrain recipes show demo --resolved` says what each setting means"
 
 

@@ -26,5 +26,5 @@ def test_a_finite_step_is_none() -> None:
 
 def test_a_run_that_only_skips_ends() -> None:
     refuse_endless_skipping(MAX_SKIPPED_IN_A_ROW - 1, 4, "the loss is nan")
-    with pytest.raises(UserError, match="draw 4.*the loss is nan"):
+    with pytest.raises(UserError, match=r"draw 4.*the loss is nan"):
         refuse_endless_skipping(MAX_SKIPPED_IN_A_ROW, 4, "the loss is nan")
