@@ -115,8 +115,8 @@ def compile_kernels(folder):
             problem = call_compiler([*compiler, "-shared", "-s", "-Wl,--as-needed", *parts, "-o", str(library)])
             if problem:
                 return problem
-            new = shutil.copy(library, folder / f"{library.name}.new")
-            os.replace(new, folder / library.name)  # a process that has the old one loaded keeps it
+            new = Path(shutil.copy(library, folder / f"{library.name}.new"))
+            new.replace(folder / library.name)  # a process that has the old one loaded keeps it
     return None
 
 

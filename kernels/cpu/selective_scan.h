@@ -91,7 +91,7 @@ struct SharedInputs {
                 if (room == WIDTH)
                     store_floats(to + t * padded + n, x);
                 else
-                    std::memcpy(to + t * padded + n, &x, 4 * STATES_STEP);
+                    std::memcpy(to + t * padded + n, &x, 4 * (WIDTH < STATES_STEP ? WIDTH : STATES_STEP));
             }
         }
     }

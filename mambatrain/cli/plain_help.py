@@ -27,7 +27,7 @@ class PlainCommand(TyperCommand):
 
 
 def within(holds: Callable[[Any], bool], allowed: str) -> Callable[[Any], Any]:
-    """Checks an option's value where `min` and `max` cannot say what is allowed: exit code 2, with the option's name."""
+    """Checks an option's value where `min` and `max` cannot: a wrong one is a usage error that names the option."""
 
     def check(value: Any) -> Any:
         if value is not None and not holds(value):

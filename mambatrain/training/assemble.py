@@ -209,7 +209,10 @@ def fill_parameters(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
     """Copies tensors into the parameters of the same names; none may be missing or left over."""
     parameters = dict(model.named_parameters())
     if differing := parameters.keys() ^ tensors.keys():
-        raise UserError(f"the weights do not fit the recipe's model: {', '.join(sorted(differing)[:5])}")
+        raise UserError(
+            f"the weights do not fit the recipe's model: {', '.join(sorted(differing)[:5])}",
+            "leave the recipe's model section out: the weights say what the model is",
+        )
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 

@@ -57,6 +57,15 @@ def test_what_it_copies_exists_and_docker_sees_it() -> None:
         assert f"!{source}" in seen
 
 
+def test_it_has_what_the_kernels_for_cpus_are_built_of() -> None:
+    names = [name for name, _ in instructions()]
+    texts = [text for _, text in instructions()]
+    installs = next(index for index, text in enumerate(texts) if "pip install" in text)
+    assert " g++ " in texts_of("RUN")[0]
+    copied = [source for index in range(installs) if names[index] == "COPY" for source in texts[index].split()[:-1]]
+    assert {"setup.py", "kernels", "mambatrain"} <= set(copied)
+
+
 def test_every_command_is_of_a_kind_that_is_known_here() -> None:
     kinds = [re.sub(r"^/opt/mambatrain/bin/", "", text).split()[0] for text in texts_of("RUN")]
     assert kinds == ["apt-get", "python3", "pip", "useradd"]
@@ -76,6 +85,7 @@ def test_its_python_commands_install_a_working_package(tmp_path: Path) -> None:
     )
     assert (listed.returncode, listed.stderr) == (0, "")
     assert "mamba2-2.7b" in listed.stdout
+    assert list((tmp_path / "opt").glob("**/mambatrain/_kernels/lib/*.so")), "the kernels were not compiled"
     frozen = subprocess.run([binaries / "pip", "freeze"], capture_output=True, text=True, check=True).stdout
     constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").lower().splitlines()
     for line in frozen.lower().splitlines():

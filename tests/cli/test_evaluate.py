@@ -36,6 +36,15 @@ def weights(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture
+def bare(weights: Path, tmp_path: Path) -> Path:
+    """The same weights without a tokenizer."""
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "bare" / name).write_bytes((weights / name).read_bytes())
+    return tmp_path / "bare"
+
+
 def failing(result: CompletedProcess[str]) -> str:
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
@@ -87,15 +96,57 @@ def test_no_data_is_named_for_weights(run_mambatrain: Run, weights: Path) -> Non
     assert "hint: name some: --data" in failing(run_mambatrain("evaluate", weights))
 
 
-def test_tokens_of_another_tokenizer_are_refused(
-    run_mambatrain: Run, weights: Path, tiny_shards: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("nowhere", "there is no folder nowhere"),
+        ("empty.txt", "empty.txt is a file, not a folder with weights"),
+        ("emptydir", "emptydir holds neither recipe.yaml nor config.json"),
+    ],
+)
+def test_what_is_no_weights_is_told_before_anything_else(
+    run_mambatrain: Run, tmp_path: Path, where: str, message: str
 ) -> None:
-    other = tmp_path / "other.json"
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "emptydir").mkdir()
+    for options in ([], ["--tasks", "no_such_task"]):
+        told = failing(run_mambatrain("evaluate", where, *options))
+        assert told.startswith(f"error: {message}")
+        assert "hint: name a run, a checkpoint" in told
+
+
+def test_numbers_that_cannot_be_written_are_an_error(run_mambatrain: Run, weights: Path, tiny_shards: Path) -> None:
+    result = run_mambatrain(
+        "evaluate", weights, "--data", tiny_shards, "--max-tokens", "100", "--json", "/proc/x/y.json"
+    )
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+    assert "error: /proc/x/y.json cannot be written: no such file or directory" in result.stderr
+    assert "hint: name a place where files can be written" in result.stderr
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path: Path) -> Path:
     text = tmp_path / "text.txt"
     text.write_text("Quite another text, in quite other words. " * 50)
-    train_tokenizer([text], other, TokenizerSettings(vocab_size=300, sample_bytes=10_000))
-    result = run_mambatrain("evaluate", weights, "--data", tiny_shards, "--tokenizer", other)
-    assert "tokenized with another tokenizer" in failing(result)
+    train_tokenizer([text], tmp_path / "other.json", TokenizerSettings(vocab_size=300, sample_bytes=10_000))
+    return tmp_path / "other.json"
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    run_mambatrain: Run, weights: Path, bare: Path, tiny_shards: Path, other_tokenizer: Path
+) -> None:
+    arguments = ["--data", tiny_shards, "--tokenizer", other_tokenizer]
+    told = failing(run_mambatrain("evaluate", bare, *arguments))
+    assert "tokenized with another tokenizer" in told
+    told = failing(run_mambatrain("evaluate", weights, *arguments))
+    assert f"--tokenizer {other_tokenizer} is another tokenizer than that of {weights}" in told
+
+
+def test_another_tokenizer_than_that_of_the_weights_writes_nothing(
+    run_mambatrain: Run, weights: Path, other_tokenizer: Path
+) -> None:
+    told = failing(run_mambatrain("generate", weights, "--prompt", "a", "--tokenizer", other_tokenizer))
+    assert f"--tokenizer {other_tokenizer} is another tokenizer than that of {weights}" in told
 
 
 def test_a_tokenizer_that_was_only_written_anew_is_the_same(
@@ -203,11 +254,11 @@ def test_a_prompt_from_a_file_and_from_stdin(run_mambatrain: Run, weights: Path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either --prompt TEXT or --prompt-file FILE"),
-        (["--prompt", "a", "--prompt-file", "b"], "either --prompt TEXT or --prompt-file FILE"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (
+            ["--prompt-file", "nowhere.txt"],
+            "nowhere.txt cannot be read: No such file or directory\n\nhint: name a text",
+        ),
         (["--prompt-file", "latin.txt"], "latin.txt is not UTF-8: byte 2"),
-        (["--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "a", "--tokenizer", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -218,11 +269,27 @@ def test_mistakes_about_prompts(
     assert message in failing(run_mambatrain("generate", weights, *arguments))
 
 
-def test_weights_without_a_tokenizer(run_mambatrain: Run, weights: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (bare / name).write_bytes((weights / name).read_bytes())
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("", "'--prompt' / '--prompt-file': give one of the two"),
+        ("--prompt a --prompt-file b", "'--prompt' / '--prompt-file': give one of the two"),
+        ("--prompt a --top-p 7", "'--top-p': 7.0 is not above 0 and at most 1"),
+        ("--prompt a --top-p 0", "'--top-p': 0.0 is not above 0 and at most 1"),
+        ("--prompt a --min-p -1", "'--min-p': -1.0 is not from 0 to 1"),
+        ("--prompt a --repetition-penalty 0", "'--repetition-penalty': 0.0 is not above 0"),
+        ("--prompt a --temperature nan", "'--temperature': nan is not 0 or more"),
+        ("--prompt a --top-k -1", "'--top-k': "),
+        ("--prompt a --seed -1", "'--seed': -1 is not from 0 to 2^63 - 1"),
+    ],
+)
+def test_a_value_out_of_range_names_its_option(run_mambatrain: Run, arguments: str, problem: str) -> None:
+    result = run_mambatrain("generate", "weights", *arguments.split())
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"Invalid value for {problem}" in result.stderr
+
+
+def test_weights_without_a_tokenizer(run_mambatrain: Run, bare: Path, tiny_shards: Path) -> None:
     assert "--tokenizer FILE" in failing(run_mambatrain("generate", bare, "--prompt", "a"))
     options = ["--prompt", "a", "--max-new-tokens", "3", "--tokenizer", tiny_shards / "tokenizer.json"]
     assert run_mambatrain("generate", bare, *options).returncode == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,3 +70,41 @@ def test_mistakes_get_a_sentence_and_a_hint(run_folder: Path, run_mambatrain: Ru
     assert "Traceback" not in taken.stderr
     usage = run_mambatrain("export", "run", "out", "--format", "onnx")
     assert usage.returncode == 2
+    nowhere = run_mambatrain("export", "run", "/proc/x/out")
+    assert (nowhere.returncode, nowhere.stdout) == (1, "")
+    assert "error: /proc/x/out cannot be written: no such file or directory" in nowhere.stderr
+    assert "hint: name a place where files can be written" in nowhere.stderr
+    assert "Traceback" not in nowhere.stderr
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(run_folder: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the same error from the same calls."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mambatrain"), "export", "run", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(
+        "error: out cannot be written: file too large\n\nhint: nothing was kept of it; make room and run again\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
+    run_folder: Path, run_mambatrain: Run, tmp_path: Path
+) -> None:
+    section = ModelSection(d_model=16, num_layers=2, vocab_size=512, d_state=4)
+    tensors = {name: initial_value(name, section, 1) for name in parameter_rows(section)}
+    newer = save_checkpoint(run_folder / "checkpoints", Progress(step=8), tensors, {"x.step": torch.zeros(1)})
+    (newer / "model.safetensors").write_bytes(b"short")
+    warning = "warning  run/checkpoints/step-00000008/model.safetensors has 5 bytes"
+    for arguments in (["export", "run", "out"], ["generate", "run", "--prompt", "a", "--max-new-tokens", "1"]):
+        done = run_mambatrain(*arguments)
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning")]
+        assert line.startswith(warning)
+        assert line.endswith("; an older checkpoint is used")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,13 @@ print("loaded:", sorted(set({HEAVY}) & set(sys.modules)))
     assert done.stdout.startswith(f"Usage: mambatrain {verb}".rstrip())
     assert done.stdout.endswith("loaded: []\n")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_values_by_what_they_are(run_mambatrain: Run, verb: str) -> None:
+    """DIR, FILE, N, or the choices: never a type of Python's."""
+    shown = re.findall(r"<[^>]*>", run_mambatrain(*verb.split(), "--help").stdout)
+    assert [one for one in shown if "|" not in one] == []
 
 
 def test_the_verbs_tested_here_are_all_there_are(run_mambatrain: Run) -> None:

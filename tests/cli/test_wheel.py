@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SOURCES = ["pyproject.toml", "README.md", "LICENSE", "mambatrain", "kernels", "recipes"]
+SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "mambatrain", "kernels", "recipes"]
 
 
 @pytest.fixture(scope="module")

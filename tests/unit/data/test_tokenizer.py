@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mambatrain.data import tokenizer as module
-from mambatrain.data.tokenizer import END_OF_DOCUMENT_NAMES, cut_at_newlines, have_same_vocabulary, load_tokenizer
+from mambatrain.data.tokenizer import END_OF_DOCUMENT_NAMES, cut_at_newlines, encode_alike, load_tokenizer
 from mambatrain.errors import UserError
 
 TOKENIZERS = Path(__file__).resolve().parents[4] / "shared" / "data" / "tokenizers"
@@ -225,10 +225,15 @@ def test_vocabularies_are_compared_by_their_ids(byte_tokenizer: Path, tmp_path: 
     same = tmp_path / "same.json"
     Tokenizer.from_file(str(byte_tokenizer)).save(str(same), pretty=False)
     assert same.read_bytes() != byte_tokenizer.read_bytes()
-    assert have_same_vocabulary(byte_tokenizer, same)
+    assert encode_alike(byte_tokenizer, same)
 
     def swap(parts: Any) -> None:
         vocabulary = parts["model"]["vocab"]
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
 
-    assert not have_same_vocabulary(byte_tokenizer, changed(byte_tokenizer, tmp_path / "other.json", swap))
+    assert not encode_alike(byte_tokenizer, changed(byte_tokenizer, tmp_path / "other.json", swap))
+
+    def split_otherwise(parts: Any) -> None:
+        parts["pre_tokenizer"]["add_prefix_space"] = not parts["pre_tokenizer"]["add_prefix_space"]
+
+    assert not encode_alike(byte_tokenizer, changed(byte_tokenizer, tmp_path / "split.json", split_otherwise))

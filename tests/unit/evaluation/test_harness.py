@@ -1,4 +1,4 @@
-"""Finding tasks and giving them local documents; scores are compared in parity/test_harness.py."""
+"""Finding tasks and giving them local documents; scores are compared in parity/harness."""
 
 from __future__ import annotations
 

@@ -85,7 +85,9 @@ def test_a_run_gives_its_newest_whole_checkpoint(tmp_path: Path) -> None:
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
+    assert weights.damaged == ()
     assert_holds(run, 100)
+    assert read_weights(str(run)).damaged == (f"{newest} was changed: its digest is not the manifest's",)
 
 
 def test_a_checkpoint_can_be_named(tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""Tokenizing where something is already, or goes wrong on the way: the folder is whole, or as it was."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mambatrain.data import tokenize_corpus as module
+from mambatrain.data.manifest import TokenizeOptions
+from mambatrain.data.token_corpus import DATA_FILES, open_token_corpus
+from mambatrain.data.token_shards import TokenShardWriter
+from mambatrain.data.tokenize_corpus import tokenize_corpus
+from mambatrain.data.tokenizer import LoadedTokenizer
+from mambatrain.errors import UserError
+
+TEXTS = [f"document {number} says {'several ' * (number % 7)}\n lines" for number in range(60)]
+
+
+def write_source(file: Path, texts: list[str]) -> Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "corpus.jsonl", TEXTS)
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_what_was_done_is_used_again_and_what_differs_is_told(
+    source: Path, byte_tokenizer: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def run(sources: list[Path] = [source], tokenizer: Path = byte_tokenizer, **options: Any) -> Any:  # noqa: B006
+        overwrite = options.pop("overwrite", False)
+        end = options.pop("end_of_document", None)
+        return tokenize_corpus(sources, tokenizer, out, TokenizeOptions(**options), end, overwrite)
+
+    run()
+    before = snapshot(out)
+    again = run()
+    assert again.reused
+    assert again.corpus.manifest.train.num_documents == 59
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_bytes(source.read_bytes())
+    assert run([renamed]).reused  # the same text under another name
+
+    other = write_source(tmp_path / "other.jsonl", ["more"])
+    loud = tmp_path / "loud.json"
+    loud.write_bytes(byte_tokenizer.read_bytes() + b"\n")
+    for arguments, told in (
+        ({"seed": 1}, "  seed: 0 -> 1"),
+        ({"held_out": 0.1, "skip_bad": True}, "  held_out: 0.01 -> 0.1\n  skip_bad: false -> true"),
+        ({"sources": [source, other]}, f"  sources: {other} was not among them"),
+        ({"sources": [other]}, f"  sources: {source} is no longer among them"),
+        ({"tokenizer": loud}, "  tokenizer sha256: "),
+        ({"end_of_document": "!"}, "  tokenizer end_of_document: <|endoftext|> -> !"),
+    ):
+        with pytest.raises(UserError, match="exists and was made otherwise") as caught:
+            run(**arguments)
+        assert told in caught.value.message
+        assert caught.value.hint is not None
+        assert "--overwrite" in caught.value.hint
+    write_source(source, [*TEXTS, "one more"])
+    with pytest.raises(UserError, match=r"corpus\.jsonl has changed"):
+        run()
+    assert snapshot(out) == before
+    assert run(overwrite=True).corpus.manifest.train.num_documents == 60
+    assert snapshot(out) != before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_a_folder_of_tokens_is_ever_replaced(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    tokenize_corpus([source], byte_tokenizer, out, TokenizeOptions())  # an empty folder may be filled
+    (out / "notes.md").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for place in (out, tmp_path, tmp_path / "file"):
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="exists and is not a folder of tokens"):
+                tokenize_corpus([source], byte_tokenizer, place, TokenizeOptions(seed=9), overwrite=overwrite)
+    assert (out / "notes.md").read_text() == (tmp_path / "file").read_text() == "mine"
+    open_token_corpus(out)
+
+
+def test_a_damaged_folder_is_named_and_may_be_made_anew(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    whole = snapshot(tmp_path / "out")
+    shard = tmp_path / "out" / "train.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"train\.bin has .* bytes where the manifest says") as caught:
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    assert caught.value.hint == "--overwrite makes the folder anew"
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), overwrite=True)
+    assert snapshot(tmp_path / "out") == whole
+
+
+def test_a_link_is_kept_and_its_folder_replaced(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "tokens")
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(seed=1), overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    assert open_token_corpus(tmp_path / "disk" / "tokens").manifest.options.seed == 1
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseException]]:
+    """An error that comes up while documents are encoded, after the first batch."""
+    errors: list[BaseException] = []
+    encode = LoadedTokenizer.encode_batch
+    calls = []
+
+    def encode_once(self: LoadedTokenizer, texts: list[str]) -> Any:
+        calls.append(texts)
+        if len(calls) > 1:
+            raise errors[0]
+        return encode(self, texts)
+
+    monkeypatch.setattr(LoadedTokenizer, "encode_batch", encode_once)
+    yield errors
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
+def test_nothing_is_left_of_what_was_interrupted(
+    source: Path, byte_tokenizer: Path, tmp_path: Path, interrupted: list[BaseException], error: BaseException
+) -> None:
+    interrupted.append(error)
+    with pytest.raises(type(error)):
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), batch_characters=100)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl"]
+
+
+def test_what_a_killed_process_left_is_cleared_away(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    (partial / "folder").mkdir(parents=True)
+    (tmp_path / ".out.lock").touch()
+    (partial / "in_source_order.bin").write_bytes(b"half")
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*DATA_FILES, "manifest.json"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
+
+
+def test_a_folder_that_another_process_writes_is_refused(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    with (tmp_path / ".out.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="out is being written by another process"):
+            tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+        assert (tmp_path / ".out.lock").exists()
+        assert not (tmp_path / ".out.partial").exists()
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(
+    source: Path, byte_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full.bin").symlink_to("/dev/full")
+    monkeypatch.setattr(module, "TokenShardWriter", lambda prefix, dtype: TokenShardWriter(tmp_path / "full", dtype))
+    with pytest.raises(UserError, match="out cannot be written: no space left on device") as caught:
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    assert caught.value.hint == "nothing was kept of it; make room and run again"
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(source: Path, byte_tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"out cannot be written: file exists \(.*corpus\.jsonl\)"):
+        tokenize_corpus([source], byte_tokenizer, source / "out", TokenizeOptions())
+
+
+def test_a_source_that_grows_under_way_is_refused(
+    source: Path, byte_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = module.record_sources
+
+    def digest_then_append(files: Any) -> Any:
+        records = digest(files)
+        with source.open("a") as file:
+            file.write('{"text": "late"}\n')
+        return records
+
+    monkeypatch.setattr(module, "record_sources", digest_then_append)
+    with pytest.raises(UserError, match=r"corpus\.jsonl was changed while it was being read"):
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+    assert not (tmp_path / "out").exists()
