@@ -136,7 +136,14 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 def test_ctrl_c_ends_with_130_and_one_word() -> None:
     command = [sys.executable, "-P", "-c", WITH_COMMAND % "import time; print('up', flush=True); time.sleep(60)"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A suite that was started in the background ignores SIGINT, and its children would, too.
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGINT)
