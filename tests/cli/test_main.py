@@ -142,7 +142,7 @@ def test_ctrl_c_ends_with_130_and_one_word() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (no threads here)
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
