@@ -63,8 +63,8 @@ def _options(
 
 def main() -> None:
     """The `mambatrain` command: a mistake of the user's gets a sentence and a hint, a bug keeps its traceback."""
-    # Before torch is loaded. Idle threads sleep instead of spinning: with anything else on the machine a spinning pool
-    # is 10 to 50 times slower, and alone it gains little (docs/benchmarks.md).
+    # Before torch is loaded. Waiting threads sleep instead of spinning: alone on a machine spinning gains a fifth on
+    # small models, beside anything else it costs several times that (docs/benchmarks.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         try:

@@ -173,7 +173,15 @@ def test_stopped_at_any_moment_there_is_a_whole_folder_or_none(tokenizer: Path, 
     text = "".join(f"line {n} of {n * n} and so on, it's long\n" for n in range(40_000))
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     command = [MAMBATRAIN, "tokenize", "long.txt", "texts", "--tokenizer", "tok.json", "--out", "o"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A suite that was started in the background ignores SIGINT, and its children would, too.
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (no threads here)
+    )
     while not (tmp_path / ".o.partial" / "in_source_order.bin").exists():
         assert process.poll() is None
         time.sleep(0.01)
