@@ -2,7 +2,7 @@
 
 They are plain C++ that links neither Python nor torch, so building needs a C++17 compiler and nothing that is not there
 already, and one wheel serves every Python. Without a compiler mambatrain is installed without them: why is written to
-`lib/not_built.txt`, and `--kernels native` and `mambatrain doctor` repeat it.
+`lib/not_built.txt`, and `--kernels native` repeats it.
 """
 
 import os

@@ -27,15 +27,14 @@ from torch.nn import functional as F
 from mambatrain.ops.backends import Backend, choose_backend
 
 CPU = torch.device("cpu")
-N, TAPS = 16, 4
+N, TAPS = 16, 4  # Mamba-1
+H, P, S = 24, 64, 128  # Mamba-2: heads, channels of a head, states
 Candidates = dict[str, Callable[[], object]]
 Medians = dict[str, float]
 
 
-def gemms(tokens: int, E: int) -> Callable[[], object]:
-    """The products of one Mamba-1 block, forward and both of backward, in fp32: in_proj, x_proj, dt_proj, out_proj."""
-    d_model, rank = E // 2, -(-E // 32)
-    shapes = [(2 * E, d_model), (rank + 2 * N, E), (E, rank), (d_model, E)]
+def gemms(tokens: int, shapes: list[tuple[int, int]]) -> Callable[[], object]:
+    """Products with weights of these shapes, forward and both of backward, in fp32."""
     weights = [torch.randn(shape) for shape in shapes]
     inputs = [torch.randn(tokens, shape[1]) for shape in shapes]
 
@@ -79,7 +78,46 @@ def conv_by_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(y[..., : x.shape[1]].transpose(1, 2))
 
 
+def ssd_arguments(rows: int, length: int) -> dict[str, Tensor]:
+    """As a Mamba-2 block of the 130m shape makes them: all parts of one projection."""
+    x, B, C, dt = torch.randn(rows, length, H * P + 2 * S + H).split([H * P, S, S, H], dim=-1)
+    along_time = {"x": x.unflatten(-1, (H, P)), "B": B.unflatten(-1, (1, S)), "C": C.unflatten(-1, (1, S)), "dt": dt}
+    return along_time | {"A": -torch.linspace(1, 16, H), "D": torch.ones(H), "dt_bias": torch.full((H,), -4.6)}
+
+
+def ssd_by_transformers(chunk: int) -> Callable[..., object] | None:
+    """The chunked scan inside transformers' Mamba-2, where it is installed."""
+    try:
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+    except ImportError:
+        return None
+
+    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> object:
+        return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=chunk, D=D, dt_bias=dt_bias, dt_softplus=True)
+
+    return run
+
+
+def ssd_candidates(rows: int, length: int, native: Backend, plain: Backend) -> Candidates:
+    arguments, E = ssd_arguments(rows, length), H * P
+    starts = torch.rand(rows, length) < 1 / 256
+    candidates = {
+        "block's GEMMs, fp32": gemms(rows * length, [(2 * E + 2 * S + H, E // 2), (E // 2, E)]),
+        "ssd native": with_gradients(native.ssd, arguments),
+        "ssd native, boundaries": with_gradients(native.ssd, arguments, boundaries=starts),
+        "ssd native, forward": lambda: native.ssd(**arguments),
+        "ssd torch": with_gradients(plain.ssd, arguments),
+    }
+    for chunk in (256, 64):
+        theirs = ssd_by_transformers(chunk)
+        if theirs is not None:
+            candidates[f"ssd transformers, chunk {chunk}"] = with_gradients(theirs, arguments)
+    return candidates
+
+
 def block_candidates(rows: int, length: int, E: int, native: Backend, plain: Backend) -> Candidates:
+    d_model, rank = E // 2, -(-E // 32)
+    projections = [(2 * E, d_model), (rank + 2 * N, E), (E, rank), (d_model, E)]  # in, x, dt, out
     scan, conv = scan_arguments(rows, length, E), {"weight": torch.randn(E, TAPS), "bias": torch.randn(E)}
     conv["x"] = torch.randn(rows, length, 2 * E)[..., :E]
     starts = torch.rand(rows, length) < 1 / 256
@@ -87,7 +125,7 @@ def block_candidates(rows: int, length: int, E: int, native: Backend, plain: Bac
     many, tile = torch.rand(1 << 18), torch.empty(1 << 18)
     wide, target = torch.randn(rows, length, E), torch.empty(rows, length, E)
     return {
-        "block's GEMMs, fp32": gemms(rows * length, E),
+        "block's GEMMs, fp32": gemms(rows * length, projections),
         "scan native": with_gradients(native.selective_scan, scan),
         "scan native, boundaries": with_gradients(native.selective_scan, scan, boundaries=starts),
         "scan native, bf16": with_gradients(native.selective_scan, halves),
@@ -183,6 +221,13 @@ def main() -> None:
         candidates = block_candidates(arguments.rows, arguments.length, E, native, plain)
         results[title] = medians_of(candidates, arguments.repeats)
         print_block(title, results[title], arguments.rows * arguments.length * E * N)
+    title = f"Mamba-2, E = {H * P}, B = {arguments.rows}, L = {arguments.length}, forward and backward"
+    candidates = ssd_candidates(arguments.rows, arguments.length, native, plain)
+    results[title] = medians_of(candidates, arguments.repeats)
+    print_table(title, results[title], "block's GEMMs, fp32")
+    for name, seconds in results[title].items():
+        if "transformers" in name:
+            print(f"ssd: {seconds / results[title]['ssd native']:.1f} times {name.removeprefix('ssd ')}")
     title = "twice the length, E = 768, B = 1"
     results[title] = medians_of(length_candidates(768, native), arguments.repeats)
     print_table(title, results[title], "scan native, L = 512")

@@ -54,7 +54,8 @@ void share(int64_t num_items, int64_t num_threads, const MakeWorker& make_worker
         Job& job = *static_cast<Job*>(data);
         FlushTinyNumbers flush;
         auto worker = (*job.make_worker)();
-        for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.num_items;) worker(item);
+        for (int64_t item; (item = job.next.fetch_add(1, std::memory_order_relaxed)) < job.num_items;)
+            worker(item);
     };
     // All of torch's threads or one: libgomp ends the threads that a smaller region leaves over.
     if (parallel_region && num_threads > 1 && num_items > 1)

@@ -6,34 +6,34 @@
 
 #include "memory.h"
 
-constexpr int CHUNK = 32;        // positions
-constexpr int STATES_STEP = 8;   // the number of states is padded to a multiple of this with A = B = C = 0
+constexpr int CHUNK = 32;       // positions
+constexpr int STATES_STEP = 8;  // the number of states is padded to a multiple of this with A = B = C = 0
 
 constexpr int MAX_STATES = 256;
-constexpr int SPAN = 512;        // channels of one item of work, at most
+constexpr int SPAN = 512;  // channels of one item of work, at most
 
 // Mirrored by ctypes in mambatrain/ops/native/selective_scan.py: the same fields in the same order.
 struct ScanArguments {
     int64_t rows, length, channels, states, num_threads;
-    View u, dt, z, B, C;          // z may be absent
-    const float* A;               // (E, N)
-    const float* D;               // (E,) or null
-    const float* dt_bias;         // (E,) or null
-    const float* initial_state;   // (B, E, N) or null
-    const uint8_t* boundaries;    // (B, L) or null
-    float* entries;               // (B, vectors, chunks, padded states, WIDTH); forward may be given null
+    View u, dt, z, B, C;         // z may be absent
+    const float* A;              // (E, N)
+    const float* D;              // (E,) or null
+    const float* dt_bias;        // (E,) or null
+    const float* initial_state;  // (B, E, N) or null
+    const uint8_t* boundaries;   // (B, L) or null
+    float* entries;              // (B, vectors, chunks, padded states, WIDTH); forward may be given null
     // forward writes
     View out;
-    float* final_state;           // (B, E, N)
+    float* final_state;  // (B, E, N)
     // backward reads
-    View grad_out;                // may be absent
-    const float* grad_state;      // (B, E, N) or null
+    View grad_out;            // may be absent
+    const float* grad_state;  // (B, E, N) or null
     // backward writes
-    View du, ddt, dz, dB, dC;     // dz as z
-    float* dA;                    // (E, N)
-    float* dD;                    // (E,)
-    float* dbias;                 // (E,)
-    float* dinitial;              // (B, E, N) or null
+    View du, ddt, dz, dB, dC;  // dz as z
+    float* dA;                 // (E, N)
+    float* dD;                 // (E,)
+    float* dbias;              // (E,)
+    float* dinitial;           // (B, E, N) or null
 
     int64_t vectors() const { return (channels + WIDTH - 1) / WIDTH; }
     int64_t chunks() const { return (length + CHUNK - 1) / CHUNK; }
@@ -52,18 +52,20 @@ struct ScanArguments {
     }
 };
 
-// Vectors of channels in one item of work, a multiple of `step`. Many: a position's channels lie side by side in one page
-// of memory, and walking to the next page costs more than the scan of a few vectors. Fewer where threads would go idle;
-// no result depends on it.
+// Vectors of channels in one item of work, a multiple of `step`. Many: a position's channels lie side by side in one
+// page of memory, and walking to the next page costs more than the scan of a few vectors. Fewer where threads would go
+// idle; no result depends on it.
 inline int64_t vectors_per_item(const ScanArguments& args, int64_t threads, int64_t step) {
     int64_t steps = SPAN / (WIDTH * step) > 1 ? SPAN / (WIDTH * step) : 1;
-    while (steps > 1 && args.rows * (args.vectors() / (steps * step)) < 4 * threads) steps /= 2;
-    return steps * step;
+    while (steps > 1 && args.rows * (args.vectors() / (steps * step)) < 4 * threads)
+        steps /= 2;
+    const int64_t all = (args.vectors() + step - 1) / step;
+    return (steps < all ? steps : all) * step;
 }
 
 // The positions of one chunk that all channels share, in fp32 and padded to STATES_STEP.
 struct SharedInputs {
-    Array<float> B, C;  // [CHUNK][padded states]
+    Array<float> B, C;   // [CHUNK][padded states]
     bool starts[CHUNK];  // does a document start here?
     int64_t padded;
 
@@ -105,14 +107,17 @@ inline void gather_states(const float* from, Floats* to, int64_t vector, const S
     int64_t n = 0;
     for (; lanes == WIDTH && n + WIDTH <= args.states; n += WIDTH) {
         Floats square[WIDTH];
-        for (int i = 0; i < WIDTH; ++i) square[i] = load_floats(first + i * args.states + n);
+        for (int i = 0; i < WIDTH; ++i)
+            square[i] = load_floats(first + i * args.states + n);
         transpose(square);
-        for (int i = 0; i < WIDTH; ++i) to[n + i] = square[i] * scale;
+        for (int i = 0; i < WIDTH; ++i)
+            to[n + i] = square[i] * scale;
     }
     for (; n < args.padded_states(); ++n) {
         to[n] = Floats{};
         if (n >= args.states) continue;
-        for (int lane = 0; lane < lanes; ++lane) to[n][lane] = first[lane * args.states + n] * scale;
+        for (int lane = 0; lane < lanes; ++lane)
+            to[n][lane] = first[lane * args.states + n] * scale;
     }
 }
 
@@ -122,10 +127,13 @@ inline void scatter_states(const Floats* from, float* to, int64_t vector, const 
     int64_t n = 0;
     for (; lanes == WIDTH && n + WIDTH <= args.states; n += WIDTH) {
         Floats square[WIDTH];
-        for (int i = 0; i < WIDTH; ++i) square[i] = from[n + i];
+        for (int i = 0; i < WIDTH; ++i)
+            square[i] = from[n + i];
         transpose(square);
-        for (int i = 0; i < WIDTH; ++i) store_floats(first + i * args.states + n, square[i]);
+        for (int i = 0; i < WIDTH; ++i)
+            store_floats(first + i * args.states + n, square[i]);
     }
     for (; n < args.states; ++n)
-        for (int lane = 0; lane < lanes; ++lane) first[lane * args.states + n] = from[n][lane];
+        for (int lane = 0; lane < lanes; ++lane)
+            first[lane * args.states + n] = from[n][lane];
 }

@@ -1,27 +1,13 @@
 #include "parallel.h"
-#include "selective_scan.h"
+#include "selective_scan_sums.h"
 
 namespace {
-
-constexpr int VECTORS = 2;  // vectors of channels that go back through time together, for
-constexpr int STATES = 4;   // so many states at a time: their adjoints and the gradients of A stay in registers
-
-// Channels whose dB and dC are added up before they are written: the more, the less memory and the fewer items of work.
-// With these (B, L, groups, 2 N) is never larger than (B, L, E).
-int64_t vectors_per_group(const ScanArguments& args) {
-    int64_t channels = 2 * args.padded_states() > 64 ? 2 * args.padded_states() : 64;
-    return (channels / WIDTH + VECTORS - 1) / VECTORS * VECTORS;
-}
-
-int64_t num_groups(const ScanArguments& args) {
-    return (args.vectors() + vectors_per_group(args) - 1) / vectors_per_group(args);
-}
 
 // One chunk of VECTORS vectors of channels; the letters are those of kernels/README.md.
 struct ChannelInputs {
     Floats u[VECTORS][CHUNK], dt[VECTORS][CHUNK], dt_u[VECTORS][CHUNK];
-    Floats slope[VECTORS][CHUNK];      // of the softplus
-    Floats gy[VECTORS][CHUNK];         // gradient of y = C h + D u
+    Floats slope[VECTORS][CHUNK];  // of the softplus
+    Floats gy[VECTORS][CHUNK];     // gradient of y = C h + D u
     Floats dz_over_y[VECTORS][CHUNK];
     Floats y[VECTORS][CHUNK], q1[VECTORS][CHUNK], q2[VECTORS][CHUNK];
 };
@@ -40,24 +26,34 @@ struct BackwardWorker {
     int64_t span;       // vectors in one item, a multiple of vectors_per_group
     SharedInputs shared;
     int64_t padded;
-    Array<Floats> A2, adjoint, dA;      // [span][padded states]
+    Array<Floats> A2, adjoint, dA;     // [span][padded states]
     Array<Floats> D, bias, dD, dbias;  // [span]
     ChannelInputs in;
     ChunkStates states;
     Exp2 exp2;
 
     BackwardWorker(const ScanArguments& args, float* partial_BC, float* partial_A, float* partial_Db, int64_t span)
-        : args(args), partial_BC(partial_BC), partial_A(partial_A), partial_Db(partial_Db), span(span),
-          shared(args), padded(args.padded_states()),
-          A2(allocate<Floats>(span * padded)), adjoint(allocate<Floats>(span * padded)),
+        : args(args),
+          partial_BC(partial_BC),
+          partial_A(partial_A),
+          partial_Db(partial_Db),
+          span(span),
+          shared(args),
+          padded(args.padded_states()),
+          A2(allocate<Floats>(span * padded)),
+          adjoint(allocate<Floats>(span * padded)),
           dA(allocate<Floats>(span * padded)),
-          D(allocate<Floats>(span)), bias(allocate<Floats>(span)), dD(allocate<Floats>(span)), dbias(allocate<Floats>(span)) {}
+          D(allocate<Floats>(span)),
+          bias(allocate<Floats>(span)),
+          dD(allocate<Floats>(span)),
+          dbias(allocate<Floats>(span)) {}
 
     void operator()(int64_t item) {
         const int64_t spans = (args.vectors() + span - 1) / span, row = item / spans, first = item % spans * span;
         const int64_t count = args.vectors() - first < span ? args.vectors() - first : span;
         const int64_t groups = num_groups(args), per_group = vectors_per_group(args);
-        for (int64_t v = 0; v < span; ++v) begin(row, first + v, v);
+        for (int64_t v = 0; v < span; ++v)
+            begin(row, first + v, v);
         for (int64_t chunk = args.chunks() - 1; chunk >= 0; --chunk) {
             shared.read(args, row, chunk);
             for (int64_t v = 0; v < count; v += VECTORS) {
@@ -67,7 +63,8 @@ struct BackwardWorker {
                 go_back(row, chunk, first + v, v, dBC);
             }
         }
-        for (int64_t v = 0; v < count; ++v) end(row, first + v, v);
+        for (int64_t v = 0; v < count; ++v)
+            end(row, first + v, v);
     }
 
   private:
@@ -77,7 +74,8 @@ struct BackwardWorker {
         const int lanes = args.lanes(vector);
         gather_states(args.A, &A2[v * padded], vector, args, LOG2_E);
         gather_states(grad_state, &adjoint[v * padded], vector, args);
-        for (int64_t n = 0; n < padded; ++n) dA[v * padded + n] = Floats{};
+        for (int64_t n = 0; n < padded; ++n)
+            dA[v * padded + n] = Floats{};
         D[v] = args.D ? load(args.D, FP32, vector * WIDTH, lanes) : Floats{};
         bias[v] = args.dt_bias ? load(args.dt_bias, FP32, vector * WIDTH, lanes) : Floats{};
         dD[v] = dbias[v] = Floats{};
@@ -94,7 +92,8 @@ struct BackwardWorker {
 
     void go_back(int64_t row, int64_t chunk, int64_t vector, int64_t first, float* dBC) {
         const int length = args.chunk_length(chunk);
-        for (int v = 0; v < VECTORS; ++v) read_channels(row, chunk, vector + v, v, D[first + v], bias[first + v]);
+        for (int v = 0; v < VECTORS; ++v)
+            read_channels(row, chunk, vector + v, v, D[first + v], bias[first + v]);
         for (int64_t n = 0; n < padded; n += STATES) {
             for (int v = 0; v < VECTORS; ++v) {
                 const bool exists = vector + v < args.vectors();
@@ -103,11 +102,11 @@ struct BackwardWorker {
             }
             reverse(length, n, first, dBC);
         }
-        for (int v = 0; v < VECTORS; ++v) write_channels(row, chunk, vector + v, v, first + v);
+        for (int v = 0; v < VECTORS; ++v)
+            write_channels(row, chunk, vector + v, v, first + v);
     }
 
-    NOINLINE void read_channels(int64_t row, int64_t chunk, int64_t vector, int v, Floats D,
-                                                  Floats bias) {
+    NOINLINE void read_channels(int64_t row, int64_t chunk, int64_t vector, int v, Floats D, Floats bias) {
         const int64_t channel = vector * WIDTH, begin = chunk * CHUNK;
         const int lanes = args.lanes(vector), length = args.chunk_length(chunk);
         const Column u = args.u.column(row, begin, channel, lanes), raw = args.dt.column(row, begin, channel, lanes);
@@ -136,11 +135,14 @@ struct BackwardWorker {
 
     NOINLINE void recompute(int length, int64_t first, int v, const Floats* A2, const float* entry) {
         Floats h[STATES], rate[STATES];
-        for (int n = 0; n < STATES; ++n) h[n] = entry ? load_floats(entry + n * WIDTH) : Floats{}, rate[n] = A2[n];
-        for (int n = 0; n < STATES; ++n) states.h[0][n][v] = h[n];
+        for (int n = 0; n < STATES; ++n)
+            h[n] = entry ? load_floats(entry + n * WIDTH) : Floats{}, rate[n] = A2[n];
+        for (int n = 0; n < STATES; ++n)
+            states.h[0][n][v] = h[n];
         for (int t = 0; t < length; ++t) {
             if (shared.starts[t])
-                for (int n = 0; n < STATES; ++n) h[n] = Floats{};
+                for (int n = 0; n < STATES; ++n)
+                    h[n] = Floats{};
             const float* B = &shared.B[t * padded + first];
             const float* C = &shared.C[t * padded + first];
             Floats dt = in.dt[v][t], dt_u = in.dt_u[v][t], y = {};
@@ -163,7 +165,8 @@ struct BackwardWorker {
         const float* B = &shared.B[t * padded + first];
         const float* C = &shared.C[t * padded + first];
         Floats gy[VECTORS], dt[VECTORS], dt_u[VECTORS], q1[VECTORS] = {}, q2[VECTORS] = {}, dBC[2 * STATES];
-        for (int v = 0; v < VECTORS; ++v) gy[v] = in.gy[v][t], dt[v] = in.dt[v][t], dt_u[v] = in.dt_u[v][t];
+        for (int v = 0; v < VECTORS; ++v)
+            gy[v] = in.gy[v][t], dt[v] = in.dt[v][t], dt_u[v] = in.dt_u[v][t];
 #pragma GCC unroll 16
         for (int n = 0; n < STATES; ++n) {
             Floats dB = {}, dC = {};
@@ -181,8 +184,10 @@ struct BackwardWorker {
             }
             dBC[n] = dB, dBC[STATES + n] = dC;
         }
-        for (int v = 0; v < VECTORS; ++v) in.q1[v][t] += q1[v], in.q2[v][t] += q2[v];
-        for (int n = 0; n < 2 * STATES; n += 4) add_lane_sums(dBC + n, to + n);
+        for (int v = 0; v < VECTORS; ++v)
+            in.q1[v][t] += q1[v], in.q2[v][t] += q2[v];
+        for (int n = 0; n < 2 * STATES; n += 4)
+            add_lane_sums(dBC + n, to + n);
     }
 
     NOINLINE void reverse(int length, int64_t first, int64_t vector, float* dBC) {
@@ -190,8 +195,10 @@ struct BackwardWorker {
         Floats* dA = &this->dA[vector * padded + first];
         Floats d[STATES][VECTORS];
         for (int n = 0; n < STATES; ++n)
-            for (int v = 0; v < VECTORS; ++v) d[n][v] = adjoint[v * padded + n];
-        Floats rate[STATES][VECTORS], gA[STATES][VECTORS] = {};  // of this chunk: short sums lose less than one long one
+            for (int v = 0; v < VECTORS; ++v)
+                d[n][v] = adjoint[v * padded + n];
+        Floats rate[STATES][VECTORS],
+            gA[STATES][VECTORS] = {};  // of this chunk: short sums lose less than one long one
         for (int n = 0; n < STATES; ++n)
             for (int v = 0; v < VECTORS; ++v)
                 rate[n][v] = A2[v * padded + n];
@@ -228,47 +235,6 @@ struct BackwardWorker {
     }
 };
 
-// dB and dC of some positions: the groups' sums, in their order.
-NOINLINE void sum_groups(const ScanArguments& args, const float* partial_BC, int64_t row,
-                                          int64_t begin, int64_t end) {
-    const int64_t padded = args.padded_states(), groups = num_groups(args);
-    float sums[2 * MAX_STATES];
-    for (int64_t t = begin; t < end; ++t) {
-        for (int64_t n = 0; n < 2 * padded; n += STATES_STEP) {
-            float sum[STATES_STEP] = {};
-            for (int64_t group = 0; group < groups; ++group) {
-                const float* partial = partial_BC + ((row * groups + group) * args.length + t) * 2 * padded + n;
-                for (int i = 0; i < STATES_STEP; ++i) sum[i] += partial[i];
-            }
-            for (int i = 0; i < STATES_STEP; ++i) {  // STATES of dB, STATES of dC, and again
-                const int64_t index = n + i, state = index / (2 * STATES) * STATES + index % STATES;
-                sums[index / STATES % 2 * padded + state] = sum[i];
-            }
-        }
-        for (int64_t n = 0; n < args.states; n += WIDTH) {
-            const int count = args.states - n < WIDTH ? int(args.states - n) : WIDTH;
-            args.dB.column(row, t, n, count).set(0, load(sums, FP32, n, count));
-            args.dC.column(row, t, n, count).set(0, load(sums, FP32, padded + n, count));
-        }
-    }
-}
-
-// dA, dD and the bias's gradient of one vector of channels: the rows' sums, in their order.
-void sum_rows(const ScanArguments& args, const float* partial_A, const float* partial_Db, int64_t vector) {
-    const int64_t padded = args.padded_states();
-    const int lanes = args.lanes(vector);
-    Array<Floats> sums = allocate<Floats>(padded + 2);
-    for (int64_t i = 0; i < padded + 2; ++i) sums[i] = Floats{};
-    for (int64_t row = 0; row < args.rows; ++row) {
-        const int64_t index = row * args.vectors() + vector;
-        for (int64_t n = 0; n < padded; ++n) sums[n] += load_floats(partial_A + (index * padded + n) * WIDTH);
-        for (int i = 0; i < 2; ++i) sums[padded + i] += load_floats(partial_Db + (2 * index + i) * WIDTH);
-    }
-    scatter_states(&sums[0], args.dA, vector, args);
-    if (args.dD) store(args.dD, FP32, vector * WIDTH, lanes, sums[padded]);
-    if (args.dbias) store(args.dbias, FP32, vector * WIDTH, lanes, sums[padded + 1]);
-}
-
 }  // namespace
 
 extern "C" EXPORT void selective_scan_backward(const ScanArguments* arguments) {
@@ -288,5 +254,6 @@ extern "C" EXPORT void selective_scan_backward(const ScanArguments* arguments) {
             sum_groups(args, BC, item / args.chunks(), begin, begin + args.chunk_length(chunk));
         };
     });
-    share(args.vectors(), threads, [=, &args] { return [=, &args](int64_t vector) { sum_rows(args, A, Db, vector); }; });
+    share(args.vectors(), threads,
+          [=, &args] { return [=, &args](int64_t vector) { sum_rows(args, A, Db, vector); }; });
 }

@@ -13,10 +13,12 @@ template <int NUM>
 void advance(int length, const SharedInputs& shared, int64_t first, const Floats* A2, Floats* h, ChannelInputs& in,
              const Exp2& exp2) {
     Floats state[NUM], rate[NUM];
-    for (int n = 0; n < NUM; ++n) state[n] = h[n], rate[n] = A2[n];
+    for (int n = 0; n < NUM; ++n)
+        state[n] = h[n], rate[n] = A2[n];
     for (int t = 0; t < length; ++t) {
         if (shared.starts[t])
-            for (int n = 0; n < NUM; ++n) state[n] = Floats{};
+            for (int n = 0; n < NUM; ++n)
+                state[n] = Floats{};
         const float* B = &shared.B[t * shared.padded + first];
         const float* C = &shared.C[t * shared.padded + first];
         Floats dt = in.dt[t], dt_u = in.dt_u[t], even = {}, odd = {};
@@ -27,7 +29,8 @@ void advance(int length, const SharedInputs& shared, int64_t first, const Floats
         }
         in.y[t] += even + odd;  // short sums, then their sum: less is lost where states are many
     }
-    for (int n = 0; n < NUM; ++n) h[n] = state[n];
+    for (int n = 0; n < NUM; ++n)
+        h[n] = state[n];
 }
 
 struct ForwardWorker {
@@ -53,8 +56,8 @@ struct ForwardWorker {
         const int64_t row_size = args.channels * args.states;
         for (int64_t v = 0; v < count; ++v) {
             gather_states(args.A, &A2[v * padded], first + v, args, LOG2_E);
-            gather_states(args.initial_state ? args.initial_state + row * row_size : nullptr, &h[v * padded],
-                          first + v, args);
+            gather_states(args.initial_state ? args.initial_state + row * row_size : nullptr, &h[v * padded], first + v,
+                          args);
         }
         for (int64_t chunk = 0; chunk < args.chunks(); ++chunk) {
             shared.read(args, row, chunk);
@@ -73,7 +76,8 @@ struct ForwardWorker {
         const Floats bias = args.dt_bias ? load(args.dt_bias, FP32, channel, lanes) : Floats{};
         const Floats D = args.D ? load(args.D, FP32, channel, lanes) : Floats{};
         const Column u = args.u.column(row, begin, channel, lanes), raw = args.dt.column(row, begin, channel, lanes);
-        const Column out = args.out.column(row, begin, channel, lanes), gate = args.z.column(row, begin, channel, lanes);
+        const Column out = args.out.column(row, begin, channel, lanes),
+                     gate = args.z.column(row, begin, channel, lanes);
         for (int t = 0; t < length; ++t) {
             u.prefetch(t + CHUNK), raw.prefetch(t + CHUNK), gate.prefetch(t + CHUNK);
             Floats dt = softplus(raw[t] + bias, exp2).value;
@@ -82,12 +86,15 @@ struct ForwardWorker {
             in.y[t] = D * u[t];
         }
         int64_t n = 0;
-        for (; n + 16 <= padded; n += 16) advance<16>(length, shared, n, A2 + n, h + n, in, exp2);
+        for (; n + 16 <= padded; n += 16)
+            advance<16>(length, shared, n, A2 + n, h + n, in, exp2);
         if (n < padded) advance<8>(length, shared, n, A2 + n, h + n, in, exp2);
         if (args.z.data)
-            for (int t = 0; t < length; ++t) out.set(t, in.y[t] * (gate[t] * sigmoid(gate[t], exp2)));
+            for (int t = 0; t < length; ++t)
+                out.set(t, in.y[t] * (gate[t] * sigmoid(gate[t], exp2)));
         else
-            for (int t = 0; t < length; ++t) out.set(t, in.y[t]);
+            for (int t = 0; t < length; ++t)
+                out.set(t, in.y[t]);
     }
 };
 

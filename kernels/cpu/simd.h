@@ -202,8 +202,8 @@ struct Softplus {
     Floats slope;  // its derivative, 1 / (1 + e^-x)
 };
 
-// log(1 + e^x) = max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(s), s = e / (2 + e). Beyond x = 20, where torch
-// takes x itself and 1 for the slope, e is below half a unit in the last place of both: the same numbers.
+// log(1 + e^x) = max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(s), s = e / (2 + e). Beyond x = 20, where
+// torch takes x itself and 1 for the slope, e is below half a unit in the last place of both: the same numbers.
 INLINE Softplus softplus(Floats x, const Exp2& exp2) {
     Floats e = exp2.exp(-absolute(x));
     Floats s = e * reciprocal(2.0f + e);

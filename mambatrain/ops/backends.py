@@ -110,8 +110,8 @@ def _native(device: torch.device, dtype: torch.dtype) -> Backend:
     if missing is not None:
         hint = "--kernels torch, or install g++ or clang++ and then mambatrain again: its kernels are built with it"
         raise UserError(f"native kernels cannot run: {missing}", hint)
-    reason = f"C++ for this processor ({native.describe_library()}); ssd is torch's"
-    return Backend("native", reason, native.selective_scan, ssd.ssd, native.causal_conv)
+    reason = f"C++ for this processor: {native.describe_library()}"
+    return Backend("native", reason, native.selective_scan, native.ssd, native.causal_conv)
 
 
 def _why_no_native(device: torch.device, dtype: torch.dtype) -> str | None:

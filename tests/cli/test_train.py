@@ -99,9 +99,8 @@ def test_asked_to_stop_it_saves_says_75_and_goes_on(
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 75, stderr
     assert "Traceback" not in stderr
-    saved = list_checkpoints(run)
-    assert len(saved) == 1
-    assert int(saved[0].name[5:]) == max(line["step"] for line in read_log(run / "log.jsonl"))
+    # The newest: an evaluation that came between may have left a best one.
+    assert int(list_checkpoints(run)[-1].name[5:]) == max(line["step"] for line in read_log(run / "log.jsonl"))
     assert (run / "stopped").is_file()
 
 

@@ -32,12 +32,13 @@ class Operator:
     native: Scan
     reference: Scan
     sizes: dict[str, str]
-    """Argument -> its dimensions by letter: R rows, L positions, E channels, N states, W taps, V = W - 1."""
+    """Argument -> its dimensions by letter: R rows, L positions, E channels, N states, W taps, V = W - 1; H heads of P
+    channels in G groups."""
     optional: tuple[str, ...]
 
     def arguments(self, dtype: torch.dtype = torch.float32, seed: int = 0, **letters: int) -> Tensors:
         """Random; what has a length is of `dtype`, parameters and states are fp32."""
-        sizes = {"R": 3, "L": 35, "E": 17, "N": 16, "W": 4} | letters
+        sizes = {"R": 3, "L": 35, "E": 17, "N": 16, "W": 4, "H": 4, "P": 5, "G": 2} | letters
         sizes["V"] = sizes["W"] - 1
         generator = torch.Generator().manual_seed(seed)
         made = {}
@@ -67,7 +68,15 @@ CONV = Operator(
     {"x": "RLE", "weight": "EW", "bias": "E", "initial_window": "RVE"},
     ("bias", "initial_window"),
 )
-every_operator = pytest.mark.parametrize("operator", [SELECTIVE_SCAN, CONV], ids=lambda operator: operator.name)
+SSD = Operator(
+    "ssd",
+    native.ssd,
+    reference.ssd,
+    {"x": "RLHP", "dt": "RLH", "A": "H", "B": "RLGN", "C": "RLGN", "D": "H", "dt_bias": "H", "initial_state": "RHPN"},
+    ("D", "dt_bias", "initial_state"),
+)
+OPERATORS = (SELECTIVE_SCAN, SSD, CONV)
+every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 
 
 def boundaries_around(edges: tuple[int, ...], length: int, seed: int = 0) -> Tensor:
@@ -95,11 +104,12 @@ def assert_as_right_as_the_reference(operator: Operator, arguments: Tensors, bou
     """The error against fp64 is at most twice that of the reference in the same dtype.
 
     On average over a tensor, that is (root mean square, at least 1000 elements). The worst element is a matter of
-    chance in both: there, and in small tensors, where the reference may happen to be exact, 8 roundings of the largest
-    value come on top.
+    chance in both: there, and in small tensors, where the reference may happen to be exact, 16 roundings come on top of
+    the largest value; of a parameter's gradient, whose terms may cancel, of what its many terms of random sign come to.
     """
     truth = run(operator.reference, {name: tensor.double() for name, tensor in arguments.items()}, boundaries)
     plain = run(operator.reference, arguments, boundaries)
+    num_updates = truth["state"].numel() * truth["out"].shape[1]
     for level in LEVELS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(library, "processor_level", lambda level=level: level)
@@ -110,7 +120,9 @@ def assert_as_right_as_the_reference(operator: Operator, arguments: Tensors, bou
             if wanted.numel() == 0:
                 continue
             ours, theirs = (tensor[name].double() - wanted for tensor in (found, plain))
-            allowed = float(2 * theirs.abs().max() + 8 * ROUNDING * wanted.abs().max())
+            num_terms = 0 if wanted.dim() > 2 else num_updates / wanted.numel()
+            largest = max(float(wanted.abs().max()), num_terms**0.5)
+            allowed = 2 * float(theirs.abs().max()) + 16 * ROUNDING * largest
             assert float(ours.abs().max()) <= allowed, f"{name}, {level}"
             if wanted.numel() >= 1000:
                 assert float(ours.square().mean()) <= 4 * float(theirs.square().mean()), f"{name} on average, {level}"
@@ -125,15 +137,26 @@ def test_scan_lengths(length: int) -> None:
     assert_as_right_as_the_reference(SELECTIVE_SCAN, SELECTIVE_SCAN.arguments(L=length, seed=1))
 
 
-def test_a_long_scan() -> None:
-    arguments = SELECTIVE_SCAN.arguments(R=1, L=2047, E=33, N=8)
-    assert_as_right_as_the_reference(SELECTIVE_SCAN, arguments, boundaries_around((1024, 1056), 2047)[:1])
+@pytest.mark.parametrize("length", [*LENGTHS, 128, 129, 259])
+def test_ssd_lengths(length: int) -> None:
+    edges = (128, 256)  # of chunks
+    arguments = SSD.arguments(L=length, H=6, P=16, N=40)
+    assert_as_right_as_the_reference(SSD, arguments, boundaries_around(edges, length))
+    assert_as_right_as_the_reference(SSD, SSD.arguments(L=length, seed=1))
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 33, 127, 128, 129, 260])
+def test_long_scans() -> None:
+    for operator in (SELECTIVE_SCAN, SSD):
+        for length in (2047, 2049):
+            arguments = operator.arguments(R=1, L=length, E=33, N=8)
+            assert_as_right_as_the_reference(operator, arguments, boundaries_around((1024, 1056), length)[:1])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 33, 63, 64, 65, 130])
 def test_conv_lengths(length: int) -> None:
-    edges = (5, 128, 256)  # of blocks; the window reaches across
-    assert_as_right_as_the_reference(CONV, CONV.arguments(L=length, E=530), boundaries_around(edges, length))
+    edges = (5, 64, 128)  # of blocks; the window reaches across
+    arguments = CONV.arguments(L=length, E=1040)  # two tiles of channels
+    assert_as_right_as_the_reference(CONV, arguments, boundaries_around(edges, length))
     assert_as_right_as_the_reference(CONV, CONV.arguments(L=length, seed=1))
 
 
@@ -151,12 +174,19 @@ def test_scan_sizes(channels: int, states: int) -> None:
     assert_as_right_as_the_reference(SELECTIVE_SCAN, arguments, boundaries_around((32,), 35))
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (3, 1), (2, 2), (12, 2)])
+@pytest.mark.parametrize(("channels", "states"), [(1, 8), (3, 16), (17, 17), (64, 128)])
+def test_ssd_sizes(heads: int, groups: int, channels: int, states: int) -> None:
+    arguments = SSD.arguments(R=2, H=heads, G=groups, P=channels, N=states)
+    assert_as_right_as_the_reference(SSD, arguments, boundaries_around((32,), 35)[:2])
+
+
 @pytest.mark.parametrize("with_boundaries", [True, False])
 @pytest.mark.parametrize(
     ("operator", "left_out"),
     [
         pytest.param(operator, left_out, id=f"{operator.name}-{'-'.join(left_out)}")
-        for operator in (SELECTIVE_SCAN, CONV)
+        for operator in OPERATORS
         for left_out in [(name,) for name in operator.optional] + [operator.optional]
     ],
 )
@@ -172,17 +202,28 @@ def test_bf16(operator: Operator, seed: int) -> None:
     assert_as_right_as_the_reference(operator, arguments, boundaries_around((32, 64, 128), 130, seed))
 
 
+def test_extreme_deltas() -> None:
+    """Softplus and its slope far from 0 and around 20, where torch turns to the identity; decays down to 0."""
+    for operator in (SELECTIVE_SCAN, SSD):
+        arguments = operator.arguments(L=40)
+        arguments["dt"] = torch.linspace(-100, 60, arguments["dt"].numel()).view(arguments["dt"].shape)
+        assert_as_right_as_the_reference(operator, arguments)
+
+
 def test_dtypes_may_be_mixed() -> None:
     arguments = SELECTIVE_SCAN.arguments(L=40)
     halves = {name: arguments[name].bfloat16() for name in ("dt", "C", "D", "dt_bias", "initial_state")}
     assert_as_right_as_the_reference(SELECTIVE_SCAN, arguments | halves, boundaries_around((32,), 40))
+    arguments = SSD.arguments(L=40)
+    halves = {name: arguments[name].bfloat16() for name in ("dt", "C", "D", "dt_bias", "initial_state")}
+    assert_as_right_as_the_reference(SSD, arguments | halves, boundaries_around((32,), 40))
     arguments = CONV.arguments(torch.bfloat16, L=40)
     halves = {name: arguments[name].bfloat16() for name in ("weight", "bias")}
     assert_as_right_as_the_reference(CONV, arguments | halves, boundaries_around((32,), 40))
 
 
 def test_only_one_output_has_a_gradient() -> None:
-    for operator in (SELECTIVE_SCAN, CONV):
+    for operator in OPERATORS:
         for index in (0, 1):
             truth, found = {}, {}
             for form, grads in ((operator.reference, truth), (operator.native, found)):

@@ -47,8 +47,21 @@ def conv_arguments(rows: int = 2, length: int = 37, channels: int = 21, taps: in
     return {"x": x, "weight": weight, "bias": weight[:, 0], "initial_window": window, "boundaries": boundaries}
 
 
+def ssd_arguments(rows: int = 2, length: int = 37, heads: int = 6, channels: int = 8, states: int = 24) -> Tensors:
+    generator = torch.Generator().manual_seed(length)
+    sizes = [heads * channels, 2 * states, 2 * states, heads]  # two groups of heads
+    x, B, C, dt = torch.randn(rows, length, sum(sizes), generator=generator).split(sizes, dim=-1)
+    head = torch.randn(heads, generator=generator)
+    boundaries = torch.rand(rows, length, generator=generator) < 0.1
+    state = torch.randn(rows, heads, channels, states, generator=generator)
+    along_time = {"x": x.unflatten(-1, (heads, channels)), "dt": dt}
+    along_time |= {"B": B.unflatten(-1, (2, states)), "C": C.unflatten(-1, (2, states))}
+    return along_time | {"A": -head.exp(), "D": head, "dt_bias": head, "initial_state": state, "boundaries": boundaries}
+
+
 OPERATORS: dict[str, tuple[Scan, Callable[..., Tensors]]] = {
     "selective_scan": (native.selective_scan, scan_arguments),
+    "ssd": (native.ssd, ssd_arguments),
     "causal_conv": (native.causal_conv, conv_arguments),
 }
 every_operator = pytest.mark.parametrize("name", OPERATORS)
@@ -86,11 +99,11 @@ def test_the_kernels_were_built() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_views_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
     scan, make = OPERATORS[name]
-    arguments = {key: tensor.to(dtype) if tensor.dim() == 3 else tensor for key, tensor in make().items()}
+    arguments = {key: tensor.to(dtype) if tensor.dim() >= 3 else tensor for key, tensor in make().items()}
     contiguous = {key: tensor.contiguous() for key, tensor in arguments.items()}
     # every second channel of a wider tensor; time and channels exchanged in memory; one row for all
     spread = {key: torch.stack([tensor, tensor], dim=-1).flatten(-2)[..., ::2] for key, tensor in contiguous.items()}
-    exchanged = {key: tensor.mT.contiguous().mT if tensor.dim() == 3 else tensor for key, tensor in contiguous.items()}
+    exchanged = {key: tensor.mT.contiguous().mT if tensor.dim() >= 3 else tensor for key, tensor in contiguous.items()}
     wanted = run(scan, contiguous)
     for views in (arguments, spread, exchanged):
         assert_same_bits(run(scan, views), wanted)
@@ -105,7 +118,7 @@ def test_views_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
 @every_operator
 def test_the_same_bits_on_any_number_of_threads(name: str) -> None:
     scan, make = OPERATORS[name]
-    arguments = make(rows=2, length=300, channels=600)  # enough work that threads share it
+    arguments = make(rows=2, length=300, channels=64 if name == "ssd" else 600)  # enough work that threads share it
     before = torch.get_num_threads()
     try:
         results = []
@@ -147,7 +160,7 @@ def test_no_memory_is_read_before_it_is_written(name: str, length: int) -> None:
 def test_an_empty_row_hands_its_state_on(name: str) -> None:
     scan, make = OPERATORS[name]
     arguments = make(length=0)
-    carried = arguments["initial_state" if name == "selective_scan" else "initial_window"].requires_grad_()
+    carried = arguments["initial_window" if name == "causal_conv" else "initial_state"].requires_grad_()
     out, state = scan(**arguments)
     assert out.shape[1] == 0
     assert torch.equal(state, carried)
@@ -161,7 +174,7 @@ def test_opcheck(name: str) -> None:
     operator = getattr(torch.ops.mambatrain, name).default
     arguments = OPERATORS[name][1]()
     names = [argument.name for argument in operator._schema.arguments]
-    fixed = {"keep_entries": True} if name == "selective_scan" else {}
+    fixed = {} if name == "causal_conv" else {"keep_entries": True}
     leaves = {key: tensor.detach().requires_grad_(tensor.is_floating_point()) for key, tensor in arguments.items()}
     torch.library.opcheck(operator, tuple((leaves | fixed)[key] for key in names))
     bare = {
@@ -185,10 +198,18 @@ def test_compile_traces_the_whole(name: str) -> None:
 @every_operator
 def test_meta_tensors_have_the_right_shapes(name: str) -> None:
     scan, make = OPERATORS[name]
-    arguments = {key: tensor.bfloat16() if tensor.dim() == 3 else tensor for key, tensor in make().items()}
+    arguments = {key: tensor.bfloat16() if tensor.dim() >= 3 else tensor for key, tensor in make().items()}
     real = scan(**arguments)
     meta = scan(**{key: tensor.to("meta") for key, tensor in arguments.items()})
     assert [(out.shape, out.dtype, out.device.type) for out in meta] == [(out.shape, out.dtype, "meta") for out in real]
+
+
+@built
+def test_a_nan_stays_one_in_bf16() -> None:
+    """Rounding to bf16 adds to the bits; those of a NaN, all set, would roll over to -0."""
+    payload = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    out, _ = native.causal_conv(torch.ones(1, 5, 40, dtype=torch.bfloat16), payload.expand(40, 4))
+    assert out.isnan().all()
 
 
 @built
@@ -261,8 +282,6 @@ def test_the_reference_is_what_the_kernels_are_held_to() -> None:
     """The same argument names and defaults, so that one can stand for the other."""
     import inspect
 
-    for ours, theirs in (
-        (native.selective_scan, reference.selective_scan),
-        (native.causal_conv, reference.causal_conv),
-    ):
+    for name, (ours, _) in OPERATORS.items():
+        theirs = getattr(reference, name)
         assert inspect.signature(ours) == inspect.signature(theirs)

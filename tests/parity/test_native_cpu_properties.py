@@ -18,10 +18,18 @@ Tensors = dict[str, Tensor]
 
 pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 
-CHANNELS, STATES, TAPS = 21, 9, 4
-SCANS: dict[str, Scan] = {"selective_scan": native.selective_scan, "causal_conv": native.causal_conv}
-CARRIED = {"selective_scan": "initial_state", "causal_conv": "initial_window"}
-ALONG_TIME = {"selective_scan": ("u", "dt", "B", "C", "z"), "causal_conv": ("x",)}
+CHANNELS, STATES, TAPS, HEADS = 21, 9, 4, 4
+SCANS: dict[str, Scan] = {
+    "selective_scan": native.selective_scan,
+    "ssd": native.ssd,
+    "causal_conv": native.causal_conv,
+}
+CARRIED = {"selective_scan": "initial_state", "ssd": "initial_state", "causal_conv": "initial_window"}
+ALONG_TIME = {
+    "selective_scan": ("u", "dt", "B", "C", "z"),
+    "ssd": ("x", "dt", "B", "C"),
+    "causal_conv": ("x",),
+}
 every_operator = pytest.mark.parametrize("name", SCANS)
 
 
@@ -37,6 +45,17 @@ def make_arguments(name: str, length: int, rows: int = 2) -> Tensors:
             "weight": randn(CHANNELS, TAPS),
             "bias": randn(CHANNELS),
             "initial_window": randn(rows, TAPS - 1, CHANNELS),
+        }
+    if name == "ssd":
+        return {
+            "x": randn(rows, length, HEADS, CHANNELS),
+            "dt": randn(rows, length, HEADS),
+            "B": randn(rows, length, 2, STATES),
+            "C": randn(rows, length, 2, STATES),
+            "A": -randn(HEADS).exp(),
+            "D": randn(HEADS),
+            "dt_bias": randn(HEADS),
+            "initial_state": randn(rows, HEADS, CHANNELS, STATES),
         }
     sizes = {"u": CHANNELS, "dt": CHANNELS, "z": CHANNELS, "B": STATES, "C": STATES}
     return {

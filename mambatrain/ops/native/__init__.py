@@ -3,5 +3,6 @@
 from mambatrain.ops.native.causal_conv import causal_conv
 from mambatrain.ops.native.library import FLOATS, describe_library, why_unavailable
 from mambatrain.ops.native.selective_scan import selective_scan
+from mambatrain.ops.native.ssd import ssd
 
-__all__ = ["FLOATS", "causal_conv", "describe_library", "selective_scan", "why_unavailable"]
+__all__ = ["FLOATS", "causal_conv", "describe_library", "selective_scan", "ssd", "why_unavailable"]

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution and SiLU by `kernels/cpu/causal_conv.cpp`."""
+"""Depthwise causal convolution and SiLU by `kernels/cpu/causal_conv_{forward,backward}.cpp`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambatrain.ops.native.library import FLOATS, View, address, full_precision, load_library, readable, view
+from mambatrain.ops.native.library import (
+    FLOATS,
+    View,
+    address,
+    define_operator,
+    full_precision,
+    load_library,
+    readable,
+    view,
+)
 from mambatrain.ops.shapes import check_causal_conv
 
-MAX_TAPS = 4  # as in kernels/cpu/causal_conv.cpp
+MAX_TAPS = 4  # as in kernels/cpu/causal_conv.h
 
 
 class _Arguments(ctypes.Structure):
-    """ConvArguments of `kernels/cpu/causal_conv.cpp`: the same fields in the same order."""
+    """ConvArguments of `kernels/cpu/causal_conv.h`: the same fields in the same order."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "length", "channels", "taps", "num_threads")),
@@ -56,11 +65,10 @@ def causal_conv(
         raise ValueError(f"causal_conv: x has dtype {x.dtype}, but native kernels take float32 and bfloat16")
     if weight.shape[1] > MAX_TAPS:
         raise ValueError(f"causal_conv: weight has shape {tuple(weight.shape)}, but W should be 1 to {MAX_TAPS}")
-    out, window = _forward(x, weight, bias, boundaries, initial_window)
+    out, window = _forward_operator(x, weight, bias, boundaries, initial_window)
     return out, window
 
 
-@torch.library.custom_op("mambatrain::causal_conv", mutates_args=(), device_types="cpu")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, boundaries: Tensor | None, initial_window: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -71,12 +79,10 @@ def _forward(
     return out, window
 
 
-@_forward.register_fake
-def _(x, weight, bias, boundaries, initial_window):  # type: ignore[no-untyped-def]
+def _fake_forward(x, weight, bias, boundaries, initial_window):  # type: ignore[no-untyped-def]
     return _empty_results(x, weight)
 
 
-@torch.library.custom_op("mambatrain::causal_conv_backward", mutates_args=(), device_types="cpu")
 def _backward(
     grad_out: Tensor | None,
     grad_window: Tensor | None,
@@ -98,8 +104,7 @@ def _backward(
     return gradients
 
 
-@_backward.register_fake
-def _(grad_out, grad_window, x, weight, bias, boundaries, initial_window):  # type: ignore[no-untyped-def]
+def _fake_backward(grad_out, grad_window, x, weight, bias, boundaries, initial_window):  # type: ignore[no-untyped-def]
     return _empty_gradients(x, weight, initial_window)
 
 
@@ -110,7 +115,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_window: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, boundaries, initial_window = ctx.saved_tensors
-    dx, dweight, dbias, dinitial = _backward(grad_out, grad_window, x, weight, bias, boundaries, initial_window)
+    dx, dweight, dbias, dinitial = _backward_operator(
+        grad_out, grad_window, x, weight, bias, boundaries, initial_window
+    )
     return (
         dx,
         dweight.to(weight.dtype),
@@ -118,9 +125,6 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_window: Tensor | None
         None,
         None if initial_window is None else dinitial.to(initial_window.dtype),
     )
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _empty_results(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,3 +166,8 @@ def _arguments(
         address(boundaries),
     )
     return arguments, (x, weight, bias, boundaries, initial_window)
+
+
+_forward_operator = define_operator("causal_conv", _forward, _fake_forward)
+_backward_operator = define_operator("causal_conv_backward", _backward, _fake_backward)
+torch.library.register_autograd("mambatrain::causal_conv", _differentiate, setup_context=_save)

@@ -10,7 +10,9 @@ import ctypes
 import functools
 import importlib.util
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,19 @@ class View(ctypes.Structure):
         ("row_stride", ctypes.c_int64),
         ("time_stride", ctypes.c_int64),
     )
+
+
+def define_operator(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator `torch.ops.mambatrain.NAME` on CPUs; `fake` makes its results without their values.
+
+    By the parts of `torch.library.custom_op`: the whole imports torch._dynamo at the first call, which takes a second.
+    """
+    qualified = f"mambatrain::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(kernel, mutates_args=()))
+    torch.library.impl(qualified, "CPU")(kernel)
+    torch.library.register_fake(qualified)(fake)
+    operator: Callable[..., Any] = getattr(torch.ops.mambatrain, name).default
+    return operator
 
 
 def view(tensor: Tensor | None) -> View:

@@ -12,6 +12,7 @@ from mambatrain.ops.native.library import (
     FLOATS,
     View,
     address,
+    define_operator,
     full_precision,
     load_library,
     readable,
@@ -83,11 +84,10 @@ def selective_scan(
         raise ValueError(f"selective_scan: A has shape {tuple(A.shape)}, but N should be 1 to {MAX_STATES}")
     floats = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     keep_entries = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
-    out, state, _ = _forward(u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state, keep_entries)
+    out, state, _ = _forward_operator(u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state, keep_entries)
     return out, state
 
 
-@torch.library.custom_op("mambatrain::selective_scan", mutates_args=(), device_types="cpu")
 def _forward(
     u: Tensor,
     dt: Tensor,
@@ -109,12 +109,10 @@ def _forward(
     return out, state, entries
 
 
-@_forward.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state, keep_entries):  # type: ignore[no-untyped-def]
+def _fake_forward(u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state, keep_entries):  # type: ignore[no-untyped-def]
     return _empty_results(u, A, keep_entries)
 
 
-@torch.library.custom_op("mambatrain::selective_scan_backward", mutates_args=(), device_types="cpu")
 def _backward(
     grad_out: Tensor | None,
     grad_state: Tensor | None,
@@ -145,8 +143,7 @@ def _backward(
     return gradients
 
 
-@_backward.register_fake
-def _(grad_out, grad_state, entries, u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state):  # type: ignore[no-untyped-def]
+def _fake_backward(grad_out, grad_state, entries, u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state):  # type: ignore[no-untyped-def]
     return _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
 
 
@@ -160,7 +157,7 @@ def _differentiate(
     ctx: Any, grad_out: Tensor | None, grad_state: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state, entries = ctx.saved_tensors
-    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _backward(
+    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _backward_operator(
         grad_out, grad_state, entries, u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state
     )
     return (
@@ -176,9 +173,6 @@ def _differentiate(
         None if initial_state is None else dinitial.to(initial_state.dtype),
         None,
     )
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _empty_results(u: Tensor, A: Tensor, keep_entries: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,3 +256,8 @@ def _arguments(
         None,
     )
     return arguments, (u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state)
+
+
+_forward_operator = define_operator("selective_scan", _forward, _fake_forward)
+_backward_operator = define_operator("selective_scan_backward", _backward, _fake_backward)
+torch.library.register_autograd("mambatrain::selective_scan", _differentiate, setup_context=_save)
