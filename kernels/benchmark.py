@@ -33,13 +33,16 @@ Candidates = dict[str, Callable[[], object]]
 Medians = dict[str, float]
 
 
-def gemms(tokens: int, shapes: list[tuple[int, int]]) -> Callable[[], object]:
-    """Products with weights of these shapes, forward and both of backward, in fp32."""
-    weights = [torch.randn(shape) for shape in shapes]
-    inputs = [torch.randn(tokens, shape[1]) for shape in shapes]
+def gemms(tokens: int, shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """Products with weights of these shapes, forward and both of backward."""
+    operands = {
+        (rows, columns): (torch.randn(tokens, columns, dtype=dtype), torch.randn(rows, columns, dtype=dtype))
+        for rows, columns in shapes
+    }
 
     def run() -> None:
-        for x, weight in zip(inputs, weights, strict=True):
+        for shape in shapes:
+            x, weight = operands[shape]
             y = x @ weight.T
             y @ weight  # the input's gradient
             y.T @ x  # the weight's

@@ -1,6 +1,7 @@
-"""A whole training step of the demo's model, ours against transformers' Mamba with the mamba.py scan.
+"""A whole training step: ours, the matrix products in it alone, and transformers' Mamba with the mamba.py scan.
 
     python kernels/step_benchmark.py [--recipe demo] [--repeats 7] [--json FILE]
+    python kernels/step_benchmark.py --recipe mamba1-130m --rows 4 --without-transformers
 
 Same weights' shapes, same tokens, same loss, AdamW in both, both after a warm-up; the candidates take turns, so that
 what else the machine does hits all of them, and medians are compared. Needs `pip install mambapy` for the baseline.
@@ -11,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from benchmark import gemms, medians_of  # beside this script
 
-from mambatrain.devices import resolve_precision
+from mambatrain.devices import keep_freed_memory, resolve_precision
 from mambatrain.errors import UserError
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import initialise
@@ -77,49 +77,60 @@ def their_step(recipe: Recipe, bf16: bool, tokens: torch.Tensor) -> Step:
     return step
 
 
-def candidates(recipe: Recipe, tokens: torch.Tensor) -> dict[str, Step]:
-    has_bf16 = resolve_precision("auto", torch.device("cpu")) == "bf16"
-    steps = {"transformers + mamba.py, fp32": their_step(recipe, False, tokens)}
-    if has_bf16:
-        steps["transformers + mamba.py, bf16"] = their_step(recipe, True, tokens)
+def products_alone(recipe: Recipe, bf16: bool, tokens: int) -> Step:
+    """Every matrix product of a step, head included, forward and both of backward: what no kernel can save."""
+    shape = recipe.model
+    with torch.device("meta"):
+        model = LanguageModel(shape, choose_backend("reference", torch.device("cpu")))
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
+    if shape.tie_embeddings:
+        shapes.append((shape.padded_vocab_size, shape.d_model))
+    return gemms(tokens, shapes, torch.bfloat16 if bf16 else torch.float32)
+
+
+def candidates(recipe: Recipe, tokens: torch.Tensor, with_transformers: bool) -> dict[str, Step]:
+    steps: dict[str, Step] = {}
+    precisions = {"fp32": False}
+    if resolve_precision("auto", torch.device("cpu")) == "bf16":
+        precisions["bf16"] = True
+    if with_transformers:
+        for name, bf16 in precisions.items():
+            steps[f"transformers + mamba.py, {name}"] = their_step(recipe, bf16, tokens)
     for kernels in ("native", "torch"):
         try:
-            steps[f"mambatrain {kernels}, fp32"] = our_step(recipe, kernels, False, tokens)
-            if has_bf16:
-                steps[f"mambatrain {kernels}, bf16"] = our_step(recipe, kernels, True, tokens)
+            for name, bf16 in precisions.items():
+                steps[f"mambatrain {kernels}, {name}"] = our_step(recipe, kernels, bf16, tokens)
         except UserError as error:
             print(f"left out: {error.message}")
+    for name, bf16 in precisions.items():
+        steps[f"its matrix products alone, {name}"] = products_alone(recipe, bf16, tokens[:, 1:].numel())
     return steps
-
-
-def median_seconds(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--rows", type=int, help="rows of a step; default: the recipe's")
+    parser.add_argument("--row-tokens", type=int, help="default: the recipe's")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as training does
     recipe = read_recipe(arguments.recipe)
-    generator = torch.Generator().manual_seed(0)
-    shape = (recipe.rows_per_step, recipe.data.row_tokens + 1)
-    tokens = torch.randint(0, recipe.model.vocab_size, shape, generator=generator)
-    medians = median_seconds(candidates(recipe, tokens), arguments.repeats)
-    baseline = medians["transformers + mamba.py, fp32"]
+    rows, length = arguments.rows or recipe.rows_per_step, arguments.row_tokens or recipe.data.row_tokens
+    tokens = torch.randint(0, recipe.model.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    medians = medians_of(candidates(recipe, tokens, not arguments.without_transformers), arguments.repeats)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{machine}; {recipe.tokens_per_step:,} tokens a step")
-    print(f"{'':<32}{'ms a step':>12}{'tokens/s':>12}{'times':>8}")
+    print(f"{machine}; {arguments.recipe}, {rows} rows of {length} tokens")
+    print(f"{'':<34}{'ms a step':>12}{'tokens/s':>12}{'over its products':>20}")
     for name, seconds in medians.items():
-        print(f"{name:<32}{seconds * 1e3:>12.0f}{recipe.tokens_per_step / seconds:>12,.0f}{baseline / seconds:>8.1f}")
+        ratio = seconds / medians[f"its matrix products alone, {name.rpartition(', ')[2]}"]
+        print(f"{name:<34}{seconds * 1e3:>12.0f}{rows * length / seconds:>12,.0f}{ratio:>20.2f}")
+    for name, seconds in medians.items():
+        if name.startswith("mambatrain") and not arguments.without_transformers:
+            print(f"{name}: {medians['transformers + mamba.py, fp32'] / seconds:.1f} times transformers in fp32")
     if arguments.json:
         arguments.json.write_text(json.dumps(medians, indent=2) + "\n", encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from typing import TYPE_CHECKING, Literal
@@ -33,6 +34,9 @@ _GPU_PEAK_FLOPS = {
     "T4": 65e12,
 }
 
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
 # What `accelerate launch` hands over from its configuration file and the recipe already says.
 _REFUSED_ENTRIES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -60,6 +64,18 @@ def choose_device(asked: DeviceName) -> torch.device:
         )
     use_cuda = asked == "cuda" or (asked == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what tensors free, where it is glibc; for processes that compute on a CPU.
+
+    By default each large tensor is mapped anew and its pages are faulted in one by one: up to a third of a training
+    step (docs/benchmarks.md). What is kept is used again; the peak stays what it was.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)  # no allocation is a mapping of its own
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # nor is the end of the heap handed back
 
 
 def refuse_missing_gpus(asked: int) -> None:

@@ -43,12 +43,14 @@ class OpenModel:
 
 def open_model(where: str, kernels: str, device: str) -> OpenModel:
     """Loads weights onto a device; says on stderr what was loaded and what it runs on."""
-    from mambatrain.devices import choose_device
+    from mambatrain.devices import choose_device, keep_freed_memory
     from mambatrain.ops.backends import choose_backend
     from mambatrain.runs.weights import load_model
 
     chosen: Any = device
     place = choose_device(chosen)
+    if place.type == "cpu":
+        keep_freed_memory()
     backend = choose_backend(kernels, place)
     model, weights = load_model(where, backend, place)
     model.eval()

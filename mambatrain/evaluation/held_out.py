@@ -12,7 +12,6 @@ from torch import nn
 
 from mambatrain.data.batches import IGNORED_TARGET, MicroBatch
 from mambatrain.models.language_model import LanguageModel
-from mambatrain.ops.cross_entropy import chunked_cross_entropy
 
 
 class HeldOutLoss(NamedTuple):
@@ -55,8 +54,7 @@ def measure_held_out(model: LanguageModel, micro_batches: Iterable[MicroBatch], 
     with evaluating(model):
         for batch in micro_batches:
             batch = batch.to(model.head_weight.device)
-            hidden, _ = model.hidden_states(batch.tokens, batch.boundaries)
-            loss = chunked_cross_entropy(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
+            loss = model.summed_loss(batch.tokens, batch.boundaries, batch.targets)
             nats += float(loss)  # a Python float is fp64; waits for the device once a micro-batch
             num_targets += int((batch.targets != IGNORED_TARGET).sum())
     return HeldOutLoss(nats, num_targets, num_bytes)

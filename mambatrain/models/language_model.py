@@ -14,6 +14,7 @@ from mambatrain.models.mamba2 import Mamba2
 from mambatrain.models.norms import RMSNorm
 from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import Backend
+from mambatrain.ops.cross_entropy import chunked_cross_entropy
 from mambatrain.ops.reference import computing_dtype
 from mambatrain.recipe import ModelSection
 
@@ -46,6 +47,7 @@ class LanguageModel(nn.Module):
     def __init__(self, section: ModelSection, backend: Backend) -> None:
         super().__init__()
         self.section = section
+        self.backend = backend
         self.checkpoint_activations = False
         """Keep each block's input alone and compute the rest again in the backward pass."""
         # Filled by whoever builds the model; torch's own first values on a meta device would import its compiler (2 s).
@@ -93,6 +95,22 @@ class LanguageModel(nn.Module):
         hidden, state = self.hidden_states(tokens, boundaries, state)
         logits = F.linear(hidden.to(self.head_weight.dtype), self.head_weight)
         return logits.to(computing_dtype(logits)), state
+
+    def summed_loss(self, tokens: Tensor, boundaries: Tensor | None, targets: Tensor) -> Tensor:
+        """Next-token loss in nats, summed over the targets that count; the logits (B, L, V) are never held.
+
+        Args:
+            tokens: (B, L) int64.
+            boundaries: (B, L) bool, True where a document starts.
+            targets: (B, L) int64, -100 where a position does not count.
+
+        Returns:
+            A scalar in fp32 (fp64 for fp64).
+        """
+        hidden, _ = self.hidden_states(tokens, boundaries)
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.backend.softmax_loss
+        )
 
     def init_state(
         self, batch_size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

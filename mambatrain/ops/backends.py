@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambatrain.errors import UserError, nearest
 from mambatrain.ops import causal_conv, native, reference, selective_scan, ssd
+from mambatrain.ops.cross_entropy import SoftmaxLoss, plain_softmax_loss
 
 
 class SelectiveScan(Protocol):
@@ -74,6 +75,7 @@ class Backend:
     selective_scan: SelectiveScan
     ssd: SSD
     causal_conv: CausalConv
+    softmax_loss: SoftmaxLoss = plain_softmax_loss
 
 
 def choose_backend(asked: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
@@ -111,7 +113,7 @@ def _native(device: torch.device, dtype: torch.dtype) -> Backend:
         hint = "--kernels torch, or install g++ or clang++ and then mambatrain again: its kernels are built with it"
         raise UserError(f"native kernels cannot run: {missing}", hint)
     reason = f"C++ for this processor: {native.describe_library()}"
-    return Backend("native", reason, native.selective_scan, native.ssd, native.causal_conv)
+    return Backend("native", reason, native.selective_scan, native.ssd, native.causal_conv, native.softmax_loss)
 
 
 def _why_no_native(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -87,6 +87,13 @@ def check_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> None
     require("targets", targets, "(T,)", (hidden.shape[0],), torch.int64)
 
 
+def check_softmax_loss(logits: Tensor, targets: Tensor) -> None:
+    """Raises ValueError unless the arguments fit `cross_entropy.plain_softmax_loss`."""
+    require = _Requirements("softmax_loss", "logits", logits)
+    require("logits", logits, "(R, V)", (None, None))
+    require("targets", targets, "(R,)", (logits.shape[0],), torch.int64)
+
+
 class _Requirements:
     """Compares the arguments of one call with what they should be; all on the device of the first."""
 

@@ -18,6 +18,7 @@ from mambatrain.devices import (
     DeviceName,
     Precision,
     choose_device,
+    keep_freed_memory,
     measure_peak_flops,
     start_accelerator,
 )
@@ -222,6 +223,8 @@ def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool
     from mambatrain.launch import num_processes_expected
 
     device = choose_device(where.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     resolved = resolve(recipe, folder, device, num_processes_expected(), fresh)
     return start_accelerator(device, resolved.precision), resolved
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mambatrain.models.language_model import LanguageModel
-from mambatrain.ops.cross_entropy import chunked_cross_entropy
 
 
 class NextTokenLoss(nn.Module):
@@ -17,5 +16,4 @@ class NextTokenLoss(nn.Module):
 
     def forward(self, tokens: Tensor, boundaries: Tensor, targets: Tensor) -> Tensor:
         """tokens (B, L), boundaries (B, L), targets (B, L) -> summed loss in nats, a scalar."""
-        hidden, _ = self.model.hidden_states(tokens, boundaries)
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, targets.flatten())
+        return self.model.summed_loss(tokens, boundaries, targets)

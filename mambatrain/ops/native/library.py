@@ -35,13 +35,15 @@ class View(ctypes.Structure):
     )
 
 
-def define_operator(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define_operator(
+    name: str, kernel: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """The operator `torch.ops.mambatrain.NAME` on CPUs; `fake` makes its results without their values.
 
     By the parts of `torch.library.custom_op`: the whole imports torch._dynamo at the first call, which takes a second.
     """
     qualified = f"mambatrain::{name}"
-    torch.library.define(qualified, torch.library.infer_schema(kernel, mutates_args=()))
+    torch.library.define(qualified, torch.library.infer_schema(kernel, mutates_args=mutates))
     torch.library.impl(qualified, "CPU")(kernel)
     torch.library.register_fake(qualified)(fake)
     operator: Callable[..., Any] = getattr(torch.ops.mambatrain, name).default
