@@ -1,10 +1,12 @@
 """A whole training step: ours, the matrix products in it alone, and transformers' Mamba with the mamba.py scan.
 
     python kernels/step_benchmark.py [--recipe demo] [--repeats 7] [--json FILE]
-    python kernels/step_benchmark.py --recipe mamba1-130m --rows 4 --without-transformers
+    python kernels/step_benchmark.py --recipe mamba1-130m --rows 4 --candidates native,products
 
-Same weights' shapes, same tokens, same loss, AdamW in both, both after a warm-up; the candidates take turns, so that
-what else the machine does hits all of them, and medians are compared. Needs `pip install mambapy` for the baseline.
+Same weights' shapes, same tokens, same loss, AdamW in both. Each candidate is a process of its own, as its users run
+it, and after a warm-up they take turns, so that what else the machine does hits all of them; medians are compared.
+`transformers-kept` is transformers with glibc told to keep freed memory, as mambatrain tells it. Needs
+`pip install mambapy` for the baseline.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from benchmark import gemms, medians_of  # beside this script
+from benchmark import gemms  # beside this script
 
 from mambatrain.devices import keep_freed_memory, resolve_precision
-from mambatrain.errors import UserError
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import initialise
 from mambatrain.ops.backends import choose_backend
@@ -89,23 +95,49 @@ def products_alone(recipe: Recipe, bf16: bool, tokens: int) -> Step:
     return gemms(tokens, shapes, torch.bfloat16 if bf16 else torch.float32)
 
 
-def candidates(recipe: Recipe, tokens: torch.Tensor, with_transformers: bool) -> dict[str, Step]:
-    steps: dict[str, Step] = {}
-    precisions = {"fp32": False}
+CANDIDATES = ("transformers", "transformers-kept", "torch", "native", "products")
+_steps: list[Step] = []  # of this process: the one it was started for
+
+
+def prepare(candidate: str, recipe: Recipe, bf16: bool, rows: int, length: int) -> None:
+    """Builds the step of one candidate in its own process."""
+    if candidate != "transformers":
+        keep_freed_memory()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, recipe.model.vocab_size, (rows, length + 1), generator=generator)
+    if candidate.startswith("transformers"):
+        _steps.append(their_step(recipe, bf16, tokens))
+    elif candidate == "products":
+        _steps.append(products_alone(recipe, bf16, rows * length))
+    else:
+        _steps.append(our_step(recipe, candidate, bf16, tokens))
+
+
+def time_one_step() -> float:
+    start = time.perf_counter()
+    _steps[0]()
+    return time.perf_counter() - start
+
+
+def take_turns(names: list[str], recipe: Recipe, rows: int, length: int, repeats: int) -> dict[str, float]:
+    """Median seconds of `CANDIDATE, PRECISION`."""
+    precisions = ["fp32"]
     if resolve_precision("auto", torch.device("cpu")) == "bf16":
-        precisions["bf16"] = True
-    if with_transformers:
-        for name, bf16 in precisions.items():
-            steps[f"transformers + mamba.py, {name}"] = their_step(recipe, bf16, tokens)
-    for kernels in ("native", "torch"):
-        try:
-            for name, bf16 in precisions.items():
-                steps[f"mambatrain {kernels}, {name}"] = our_step(recipe, kernels, bf16, tokens)
-        except UserError as error:
-            print(f"left out: {error.message}")
-    for name, bf16 in precisions.items():
-        steps[f"its matrix products alone, {name}"] = products_alone(recipe, bf16, tokens[:, 1:].numel())
-    return steps
+        precisions.append("bf16")
+    with ExitStack() as stack:
+        processes: dict[str, ProcessPoolExecutor] = {}
+        for name in names:
+            for precision in precisions:
+                arguments = (name, recipe, precision == "bf16", rows, length)
+                pool = ProcessPoolExecutor(1, get_context("spawn"), prepare, arguments)
+                processes[f"{name}, {precision}"] = stack.enter_context(pool)
+        seconds: dict[str, list[float]] = {name: [] for name in processes}
+        for repeat in range(repeats + 1):
+            for name, process in processes.items():
+                taken = process.submit(time_one_step).result()
+                if repeat:  # the first round builds and warms up
+                    seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def main() -> None:
@@ -114,23 +146,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="rows of a step; default: the recipe's")
     parser.add_argument("--row-tokens", type=int, help="default: the recipe's")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--candidates", default=",".join(CANDIDATES), help=f"of {', '.join(CANDIDATES)}")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    keep_freed_memory()  # as training does
     recipe = read_recipe(arguments.recipe)
     rows, length = arguments.rows or recipe.rows_per_step, arguments.row_tokens or recipe.data.row_tokens
-    tokens = torch.randint(0, recipe.model.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    medians = medians_of(candidates(recipe, tokens, not arguments.without_transformers), arguments.repeats)
+    medians = take_turns(arguments.candidates.split(","), recipe, rows, length, arguments.repeats)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{machine}; {arguments.recipe}, {rows} rows of {length} tokens")
-    print(f"{'':<34}{'ms a step':>12}{'tokens/s':>12}{'over its products':>20}")
+    print(f"{'':<26}{'ms a step':>12}{'tokens/s':>12}{'over its products':>20}{'transformers over it':>22}")
     for name, seconds in medians.items():
-        ratio = seconds / medians[f"its matrix products alone, {name.rpartition(', ')[2]}"]
-        print(f"{name:<34}{seconds * 1e3:>12.0f}{rows * length / seconds:>12,.0f}{ratio:>20.2f}")
-    for name, seconds in medians.items():
-        if name.startswith("mambatrain") and not arguments.without_transformers:
-            print(f"{name}: {medians['transformers + mamba.py, fp32'] / seconds:.1f} times transformers in fp32")
+        products = medians.get(f"products, {name.rpartition(', ')[2]}")
+        baseline = medians.get("transformers, fp32")
+        ratios = (seconds / products if products else None, baseline / seconds if baseline else None)
+        columns = "".join(f"{'' if ratio is None else f'{ratio:.2f}':>{21}}" for ratio in ratios)
+        print(f"{name:<26}{seconds * 1e3:>12.0f}{rows * length / seconds:>12,.0f}{columns}")
     if arguments.json:
         arguments.json.write_text(json.dumps(medians, indent=2) + "\n", encoding="utf-8")
 
