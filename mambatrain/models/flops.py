@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from mambatrain.models.parameters import conv_channels, parameter_shapes
-from mambatrain.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from mambatrain.recipe import ModelSection
 
 # Mamba-2's scan is counted in its chunked form, whose cost depends on the chunk; this is the torch backend's.
 SSD_CHUNK_TOKENS = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import Backend
 from mambatrain.ops.cross_entropy import chunked_cross_entropy
 from mambatrain.ops.reference import computing_dtype
-from mambatrain.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from mambatrain.recipe import ModelSection
 
 _MIXERS: dict[str, type[Mamba1] | type[Mamba2]] = {"mamba1": Mamba1, "mamba2": Mamba2}
 

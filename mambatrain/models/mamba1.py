@@ -26,6 +26,8 @@ numbers, whatever the length of the text.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,7 +35,9 @@ from torch.nn import functional as F
 from mambatrain.models.parameters import require_full_precision
 from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import Backend
-from mambatrain.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from mambatrain.recipe import ModelSection
 
 
 class Mamba1(nn.Module):

@@ -7,6 +7,8 @@ scan turns into matrix products; B and C are shared by the heads of a group; a g
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,9 @@ from mambatrain.models.norms import GatedRMSNorm
 from mambatrain.models.parameters import conv_channels, require_full_precision
 from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import Backend
-from mambatrain.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from mambatrain.recipe import ModelSection
 
 
 class Mamba2(nn.Module):

@@ -10,14 +10,17 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mambatrain.recipe import ModelSection
+if TYPE_CHECKING:
+    from mambatrain.recipe import ModelSection
 
-Fill = Callable[[Tensor, ModelSection, torch.Generator], object]
-Shape = Callable[[ModelSection], tuple[int, ...]]
+
+Fill = Callable[[Tensor, "ModelSection", torch.Generator], object]
+Shape = Callable[["ModelSection"], tuple[int, ...]]
 
 
 @dataclass(frozen=True)

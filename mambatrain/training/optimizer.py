@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import parameter_rows
-from mambatrain.recipe import OptimizerSection
+
+if TYPE_CHECKING:
+    from mambatrain.recipe import OptimizerSection
 
 
 def build_optimizer(model: LanguageModel, section: OptimizerSection) -> torch.optim.AdamW:
