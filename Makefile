@@ -10,12 +10,13 @@ RUN := $(BIN)/mambatrain
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check gpu clean
 
 help:
 	@echo 'make demo    text -> tokens -> a small Mamba -> bits per byte, a sample, weights that transformers opens'
 	@echo 'make test    the whole test suite; no network, no GPU needed'
 	@echo 'make check   format, lint, types, import layers'
+	@echo 'make gpu     on a machine with a GPU: parity, checks, benchmarks; installs nothing, PYTHON needs torch and pytest'
 	@echo 'make clean   removes $(VENV)/, $(DEMO)/ and caches; runs/ and data/ stay'
 
 # Every verb recognises what it has done: a second `make demo` reuses it.
@@ -48,6 +49,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+gpu:
+	$(PYTHON) kernels/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

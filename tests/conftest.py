@@ -6,6 +6,7 @@ fault/ kills, broken files, full disks; gpu/ only what a CPU cannot show.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 
 TESTS = Path(__file__).resolve().parent
@@ -24,9 +24,12 @@ MAX_THREADS = 2  # more gains nothing on tests this small, and another number of
 # Before anything imports these packages; commands that tests start inherit it.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it
-# The same examples in every run; a busy machine is no failure.
-hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
-hypothesis.settings.load_profile("suite")
+if importlib.util.find_spec("hypothesis"):  # tests/gpu does without
+    import hypothesis
+
+    # The same examples in every run; a busy machine is no failure.
+    hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("suite")
 for variable in ("WANDB_API_KEY", "MPLBACKEND"):
     os.environ.pop(variable, None)
 
