@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mambatrain.errors import UserError, nearest
-from mambatrain.ops import causal_conv, native, reference, selective_scan, ssd
+from mambatrain.ops import causal_conv, mamba_ssm, native, reference, selective_scan, ssd
 from mambatrain.ops.cross_entropy import SoftmaxLoss, plain_softmax_loss
+from mambatrain.ops.triton import ssd as triton_ssd
 
 
 class SelectiveScan(Protocol):
@@ -76,15 +77,18 @@ class Backend:
     ssd: SSD
     causal_conv: CausalConv
     softmax_loss: SoftmaxLoss = plain_softmax_loss
+    tolerance: float = 1e-4
+    """Of the largest value of a tensor, what `check_backend` allows in fp32: rounding gives 1e-6 on its inputs; a wrong
+    boundary, a lost term, products in TF32 or bf16 give 1e-3 and more."""
 
 
 def choose_backend(asked: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
     """The backend for what was asked on the command line.
 
     Args:
-        asked: auto, native, torch or reference.
+        asked: auto, native, torch, reference or mamba-ssm.
         device: where the model will run.
-        dtype: what the model computes in; native kernels take float32 and bfloat16.
+        dtype: what the model computes in; native kernels take float32 and bfloat16, on CUDA float16 too.
 
     Raises:
         UserError: the name is unknown, or the backend cannot run here. A slower one is never taken in its place.
@@ -94,6 +98,7 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype = torch.
         "native": lambda: _native(device, dtype),
         "torch": lambda: _torch("asked for"),
         "reference": lambda: _reference("asked for"),
+        "mamba-ssm": lambda: _mamba_ssm(device),
     }
     if asked not in choices:
         close = nearest(asked, list(choices))
@@ -111,18 +116,18 @@ def _native(device: torch.device, dtype: torch.dtype) -> Backend:
     missing = _why_no_native(device, dtype)
     if missing is not None:
         hint = "--kernels torch, or install g++ or clang++ and then mambatrain again: its kernels are built with it"
+        if device.type != "cpu":
+            hint = "--kernels torch"
         raise UserError(f"native kernels cannot run: {missing}", hint)
-    reason = f"C++ for this processor: {native.describe_library()}"
-    return Backend("native", reason, native.selective_scan, native.ssd, native.causal_conv, native.softmax_loss)
+    reason = native.describe(device)
+    if device.type == "cpu":
+        return Backend("native", reason, native.selective_scan, native.ssd, native.causal_conv, native.softmax_loss)
+    return Backend("native", reason, native.selective_scan, triton_ssd.ssd, native.causal_conv)
 
 
 def _why_no_native(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why native kernels cannot run, as a clause; None where they can."""
-    if device.type != "cpu":
-        return f"there are none for {device.type} in this installation"
-    if dtype not in native.FLOATS:
-        return f"they compute float32 and bfloat16, and the model is {str(dtype).removeprefix('torch.')}"
-    return native.why_unavailable()
+    missing = native.why_unavailable(device, dtype)
+    return triton_ssd.why_unavailable() if missing is None and device.type == "cuda" else missing
 
 
 def _torch(reason: str) -> Backend:
@@ -131,3 +136,12 @@ def _torch(reason: str) -> Backend:
 
 def _reference(reason: str) -> Backend:
     return Backend("reference", reason, reference.selective_scan, reference.ssd, reference.causal_conv)
+
+
+def _mamba_ssm(device: torch.device) -> Backend:
+    missing = mamba_ssm.why_unavailable(device)
+    if missing is not None:
+        hint = "pip install 'mambatrain[mamba-ssm]' on a machine with a GPU and the CUDA toolkit, or --kernels auto"
+        raise UserError(f"mamba-ssm's kernels cannot run: {missing}", hint)
+    operators = mamba_ssm.selective_scan, mamba_ssm.ssd, mamba_ssm.causal_conv
+    return Backend("mamba-ssm", "asked for", *operators, tolerance=mamba_ssm.TOLERANCE)

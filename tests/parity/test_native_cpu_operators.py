@@ -14,7 +14,7 @@ from torch import Tensor
 from mambatrain.errors import UserError
 from mambatrain.ops import native, reference
 from mambatrain.ops.backends import choose_backend
-from mambatrain.ops.native import library
+from mambatrain.ops.native.cpu import library
 
 CPU = torch.device("cpu")
 Scan = Callable[..., tuple[Tensor, Tensor]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mambatrain.ops import native
 from mambatrain.ops.cross_entropy import CHUNK, chunked_cross_entropy, plain_softmax_loss
-from mambatrain.ops.native import library
+from mambatrain.ops.native.cpu import library
 
 pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 

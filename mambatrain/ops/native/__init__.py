@@ -1,9 +1,10 @@
-"""The operators in C++ for CPUs (`kernels/cpu`), behind the signatures of `ops/reference.py`."""
+"""The operators in C++ for CPUs (`kernels/cpu`) and in CUDA C++ for GPUs (`kernels/cuda`), behind the signatures of
+`ops/reference.py`."""
 
+from mambatrain.ops.native.availability import describe, why_unavailable
 from mambatrain.ops.native.causal_conv import causal_conv
-from mambatrain.ops.native.library import FLOATS, describe_library, why_unavailable
+from mambatrain.ops.native.cpu.softmax_loss import softmax_loss
+from mambatrain.ops.native.cpu.ssd import ssd
 from mambatrain.ops.native.selective_scan import selective_scan
-from mambatrain.ops.native.softmax_loss import softmax_loss
-from mambatrain.ops.native.ssd import ssd
 
-__all__ = ["FLOATS", "causal_conv", "describe_library", "selective_scan", "softmax_loss", "ssd", "why_unavailable"]
+__all__ = ["causal_conv", "describe", "selective_scan", "softmax_loss", "ssd", "why_unavailable"]

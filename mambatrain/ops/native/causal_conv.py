@@ -1,39 +1,22 @@
-"""Depthwise causal convolution and SiLU by `kernels/cpu/causal_conv_{forward,backward}.cpp`."""
+"""Depthwise causal convolution and SiLU as an operator of torch, on CPUs and on CUDA."""
 
 from __future__ import annotations
 
-import ctypes
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambatrain.ops.native.library import (
-    FLOATS,
-    View,
-    address,
-    define_operator,
-    full_precision,
-    load_library,
-    readable,
-    view,
-)
+from mambatrain.ops.native.cpu import causal_conv as cpu
+from mambatrain.ops.native.cuda import causal_conv as cuda
+from mambatrain.ops.native.inputs import ConvInputs
+from mambatrain.ops.native.operators import define_operator, describe_floats
 from mambatrain.ops.shapes import check_causal_conv
 
-MAX_TAPS = 4  # as in kernels/cpu/causal_conv.h
+MAX_TAPS = 4
 
-
-class _Arguments(ctypes.Structure):
-    """ConvArguments of `kernels/cpu/causal_conv.h`: the same fields in the same order."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "length", "channels", "taps", "num_threads")),
-        ("x", View),
-        ("initial_window", View),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "boundaries")),
-        *((name, View) for name in ("out", "final_window", "grad_out", "grad_window", "dx", "dinitial")),
-        *((name, ctypes.c_void_p) for name in ("dweight", "dbias")),
-    )
+IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
 
 
 def causal_conv(
@@ -47,7 +30,7 @@ def causal_conv(
     """The convolution of `reference.causal_conv`: same arguments, same results, differentiable once.
 
     Args:
-        x: (B, L, D) float32 or bfloat16; it may be a view whose last dimension is contiguous.
+        x: (B, L, D) float32 or bfloat16, on CUDA float16 too; it may be a view whose last dimension is contiguous.
         weight: (D, W), W up to 4; tap W - 1 multiplies the position itself.
         bias: (D,).
         boundaries: (B, L) bool.
@@ -61,26 +44,32 @@ def causal_conv(
         ValueError: an argument has a wrong shape, dtype or device; nothing was computed.
     """
     check_causal_conv(x, weight, bias, boundaries, initial_window)
-    if x.dtype not in FLOATS:
-        raise ValueError(f"causal_conv: x has dtype {x.dtype}, but native kernels take float32 and bfloat16")
+    floats = _implementation(x).FLOATS
+    if x.dtype not in floats:
+        raise ValueError(f"causal_conv: x has dtype {x.dtype}, but native kernels take {describe_floats(floats)}")
     if weight.shape[1] > MAX_TAPS:
         raise ValueError(f"causal_conv: weight has shape {tuple(weight.shape)}, but W should be 1 to {MAX_TAPS}")
     out, window = _forward_operator(x, weight, bias, boundaries, initial_window)
     return out, window
 
 
+def _implementation(x: Tensor) -> ModuleType:
+    return IMPLEMENTATIONS.get(x.device.type, cpu)  # what has no device has no memory either: any will do
+
+
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, boundaries: Tensor | None, initial_window: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out, window = _empty_results(x, weight)
-    arguments, _kept = _arguments(x, weight, bias, boundaries, initial_window)
-    arguments.out, arguments.final_window = view(out), view(window)
-    load_library().causal_conv_forward(ctypes.byref(arguments))
+    out, window = _fake_forward(x, weight, bias, boundaries, initial_window)
+    _implementation(x).forward(ConvInputs(x, weight, bias, boundaries, initial_window), out, window)
     return out, window
 
 
-def _fake_forward(x, weight, bias, boundaries, initial_window):  # type: ignore[no-untyped-def]
-    return _empty_results(x, weight)
+def _fake_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, boundaries: Tensor | None, initial_window: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    window = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), window
 
 
 def _backward(
@@ -92,20 +81,26 @@ def _backward(
     boundaries: Tensor | None,
     initial_window: Tensor | None,
 ) -> list[Tensor]:
-    gradients = _empty_gradients(x, weight, initial_window)
-    dx, dweight, dbias, dinitial = gradients
-    arguments, _kept = _arguments(x, weight, bias, boundaries, initial_window)
-    grad_out = None if grad_out is None else readable(grad_out)
-    grad_window = full_precision(grad_window)
-    arguments.grad_out, arguments.grad_window = view(grad_out), view(grad_window)
-    arguments.dx, arguments.dinitial = view(dx), View() if initial_window is None else view(dinitial)
-    arguments.dweight, arguments.dbias = address(dweight), address(dbias)
-    load_library().causal_conv_backward(ctypes.byref(arguments))
+    inputs = ConvInputs(x, weight, bias, boundaries, initial_window)
+    dx, dweight, dbias, dinitial = gradients = _empty_gradients(inputs)
+    given = ConvInputs(dx, dweight, None if bias is None else dbias, None, None if initial_window is None else dinitial)
+    _implementation(x).backward(inputs, grad_out, grad_window, given)
     return gradients
 
 
-def _fake_backward(grad_out, grad_window, x, weight, bias, boundaries, initial_window):  # type: ignore[no-untyped-def]
-    return _empty_gradients(x, weight, initial_window)
+def _fake_backward(grad_out, grad_window, *inputs):  # type: ignore[no-untyped-def]
+    return _empty_gradients(ConvInputs(*inputs))
+
+
+def _empty_gradients(inputs: ConvInputs) -> list[Tensor]:
+    """Of x in its dtype, of weight, bias and initial window in fp32; of an absent one an empty tensor."""
+    return [
+        torch.empty_like(inputs.x, memory_format=torch.contiguous_format),
+        *(
+            inputs.x.new_empty(0 if tensor is None else tensor.shape, dtype=torch.float32)
+            for tensor in (inputs.weight, inputs.bias, inputs.initial_window)
+        ),
+    ]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -127,47 +122,6 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_window: Tensor | None
     )
 
 
-def _empty_results(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    window = x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=torch.float32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), window
-
-
-def _empty_gradients(x: Tensor, weight: Tensor, initial_window: Tensor | None) -> list[Tensor]:
-    """Of x in its dtype, of weight, bias and initial window in fp32."""
-    return [
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format),
-        weight.new_empty(weight.shape[:1], dtype=torch.float32),
-        weight.new_empty(0, dtype=torch.float32)
-        if initial_window is None
-        else torch.empty_like(initial_window, dtype=torch.float32, memory_format=torch.contiguous_format),
-    ]
-
-
-def _arguments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, boundaries: Tensor | None, initial_window: Tensor | None
-) -> tuple[_Arguments, tuple[Tensor | None, ...]]:
-    """What forward and backward share, and the tensors whose memory it points to: keep them until C++ is done."""
-    x = readable(x)
-    weight = weight.float().contiguous()
-    bias, initial_window = full_precision(bias), full_precision(initial_window)
-    boundaries = None if boundaries is None else boundaries.contiguous()
-    rows, length, channels = x.shape
-    arguments = _Arguments(
-        rows,
-        length,
-        channels,
-        weight.shape[1],
-        torch.get_num_threads(),
-        view(x),
-        view(initial_window),
-        address(weight),
-        address(bias),
-        address(boundaries),
-    )
-    return arguments, (x, weight, bias, boundaries, initial_window)
-
-
-_forward_operator = define_operator("causal_conv", _forward, _fake_forward)
-_backward_operator = define_operator("causal_conv_backward", _backward, _fake_backward)
+_forward_operator = define_operator("causal_conv", _forward, _fake_forward, devices=("CPU", "CUDA"))
+_backward_operator = define_operator("causal_conv_backward", _backward, _fake_backward, devices=("CPU", "CUDA"))
 torch.library.register_autograd("mambatrain::causal_conv", _differentiate, setup_context=_save)

@@ -41,7 +41,7 @@ def test_auto_takes_the_fastest_that_runs_and_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "why"), [("cuda", torch.float32, "none for cuda"), ("cpu", torch.float64, "float64")]
+    ("device", "dtype", "why"), [("mps", torch.float32, "none for mps"), ("cpu", torch.float64, "float64")]
 )
 def test_native_is_refused_where_it_cannot_run(device: str, dtype: torch.dtype, why: str) -> None:
     with pytest.raises(UserError, match=f"native kernels cannot run: .*{why}") as caught:
@@ -55,4 +55,4 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     assert caught.value.hint == "did you mean `--kernels torch`?"
     with pytest.raises(UserError, match="'x'") as caught:
         choose_backend("x", CPU)
-    assert caught.value.hint == "--kernels takes auto, native, torch, reference"
+    assert caught.value.hint == "--kernels takes auto, native, torch, reference, mamba-ssm"

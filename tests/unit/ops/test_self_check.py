@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mambatrain.errors import UserError
 from mambatrain.ops.backends import Backend, choose_backend
-from mambatrain.ops.self_check import TOLERANCE, SelfCheck, check_backend
+from mambatrain.ops.self_check import SelfCheck, check_backend
 
 CPU = torch.device("cpu")
 TORCH = choose_backend("torch", CPU)
+TOLERANCE = TORCH.tolerance
 
 
 def broken(operator: str, argument: str, factor: float) -> Backend:

@@ -10,9 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import platform
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,41 +33,11 @@ class View(ctypes.Structure):
     )
 
 
-def define_operator(
-    name: str, kernel: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
-) -> Callable[..., Any]:
-    """The operator `torch.ops.mambatrain.NAME` on CPUs; `fake` makes its results without their values.
-
-    By the parts of `torch.library.custom_op`: the whole imports torch._dynamo at the first call, which takes a second.
-    """
-    qualified = f"mambatrain::{name}"
-    torch.library.define(qualified, torch.library.infer_schema(kernel, mutates_args=mutates))
-    torch.library.impl(qualified, "CPU")(kernel)
-    torch.library.register_fake(qualified)(fake)
-    operator: Callable[..., Any] = getattr(torch.ops.mambatrain, name).default
-    return operator
-
-
 def view(tensor: Tensor | None) -> View:
     """What C++ sees of a tensor that `readable` has returned or that was made contiguous."""
     if tensor is None:
         return View()
     return View(tensor.data_ptr(), FLOATS[tensor.dtype], tensor.stride(0), tensor.stride(1))
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """The address of a contiguous tensor, None of an absent one."""
-    return None if tensor is None else tensor.data_ptr()
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous (a slice of a projection is), else a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def full_precision(tensor: Tensor | None) -> Tensor | None:
-    """A parameter or a state as kernels take it: fp32, contiguous."""
-    return None if tensor is None else tensor.float().contiguous()
 
 
 def load_library() -> ctypes.CDLL:

@@ -8,16 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambatrain.ops.native.library import (
-    FLOATS,
-    View,
-    address,
-    define_operator,
-    full_precision,
-    load_library,
-    readable,
-    view,
-)
+from mambatrain.ops.native.cpu.library import FLOATS, View, load_library, view
+from mambatrain.ops.native.operators import address, define_operator, full_precision, readable
 from mambatrain.ops.shapes import check_ssd
 
 CHUNK = 128  # positions, as SSD_CHUNK in kernels/cpu/ssd.h

@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mambatrain.ops.native.library import FLOATS, address, define_operator, load_library
+from mambatrain.ops.native.cpu.library import FLOATS, load_library
+from mambatrain.ops.native.operators import address, define_operator
 from mambatrain.ops.shapes import check_softmax_loss
 
 
