@@ -1,8 +1,8 @@
-"""Which tokens a draw shows: a pure function of (seed, corpus, draw), so that there is nothing to save or to replay."""
+"""Rows of tokens: contiguous windows of a shard or packed documents, with boundaries and targets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mambatrain.data.permutation import permute
 from mambatrain.data.token_shards import TokenShard
+from mambatrain.errors import UserError
 
 IGNORED_TARGET = -100  # torch's convention for a target that does not count
 
@@ -22,7 +22,7 @@ class MicroBatch(NamedTuple):
     tokens: Tensor
     """(B, L) int64."""
     boundaries: Tensor
-    """(B, L) bool, True where a document starts: at the end token of the one before."""
+    """(B, L) bool, True where a document starts: at the end token of the one before, or at its first token."""
     targets: Tensor
     """(B, L) int64, the next token; IGNORED_TARGET where a position does not count."""
 
@@ -30,95 +30,125 @@ class MicroBatch(NamedTuple):
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
+class Span(NamedTuple):
+    """Neighbouring inputs of a row: tokens first .. first + length - 1 of the shard, each with the next as target."""
+
+    first: int
+    length: int
+
+
 class Windows:
     """The contiguous windows of a shard's first `num_tokens` tokens: window w is read from token w * row_tokens on.
 
     A window reads row_tokens + 1 tokens, so neighbours share one: the last target of the first is the first input of
-    the second, and every token but the shard's opening one is a target exactly once. The last window is padded
-    with positions that do not count.
+    the second, and every token but the shard's opening one is a target exactly once (where documents have no end
+    token, every token but the first of each document). The last window is padded with positions that do not count.
     """
 
     def __init__(self, shard: TokenShard, row_tokens: int, num_tokens: int | None = None) -> None:
         self.shard = shard
         self.row_tokens = row_tokens
         self.num_tokens = shard.num_tokens if num_tokens is None else num_tokens
-        self.num_targets = max(self.num_tokens - 1, 0)
-        self.num_windows = -(-self.num_targets // row_tokens)
-        # Where each document's end token lies, which is where the next document's boundary is.
-        self.boundary_positions = shard.document_starts + shard.document_lengths - 1
+        self.num_positions = max(self.num_tokens - 1, 0)
+        self.num_windows = -(-self.num_positions // row_tokens)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that count, over all windows."""
+        if self.shard.ends_marked:
+            return self.num_positions
+        # Distinct starts: an empty document begins where the next one does.
+        return self.num_positions - len(np.unique(_starts_within(self.shard, Span(0, self.num_positions))))
+
+    def spans(self, window: int) -> list[Span]:
+        """What the row of a window shows, in order; the rest of it is padding."""
+        first = window * self.row_tokens
+        return [Span(first, min(self.row_tokens, self.num_positions - first))]
 
     def rows(self, windows: NDArray[np.int64]) -> MicroBatch:
         """The rows of some windows, in that order."""
-        length = self.row_tokens
-        tokens = np.zeros((len(windows), length), dtype=np.int64)
-        targets = np.full((len(windows), length), IGNORED_TARGET, dtype=np.int64)
-        boundaries = np.zeros((len(windows), length), dtype=bool)
-        for row, window in enumerate(windows):
-            start = int(window) * length
-            stop = min(start + length, self.num_tokens - 1)  # of the inputs
-            seen = self.shard.tokens(start, stop + 1).astype(np.int64)
-            tokens[row, : stop - start] = seen[:-1]
-            targets[row, : stop - start] = seen[1:]
-            first, last = np.searchsorted(self.boundary_positions, [start, stop])
-            boundaries[row, self.boundary_positions[first:last] - start] = True
-        return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(boundaries), torch.from_numpy(targets))
-
-
-class TrainingOrder:
-    """Draw -> rows. Each epoch shows every window once, in an order keyed by (seed, epoch)."""
-
-    def __init__(self, windows: Windows, rows_per_step: int, seed: int) -> None:
-        self.windows = windows
-        self.rows_per_step = rows_per_step
-        self.seed = seed
-
-    def windows_of(self, draw: int) -> NDArray[np.int64]:
-        """(rows_per_step,) the windows of a draw, in the order of their slots."""
-        places = np.arange(draw * self.rows_per_step, (draw + 1) * self.rows_per_step, dtype=np.int64)
-        epochs, within = np.divmod(places, self.windows.num_windows)
-        chosen = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            of_epoch = epochs == epoch
-            chosen[of_epoch] = permute(within[of_epoch], self.windows.num_windows, self.seed, int(epoch))
-        return chosen
-
-    def micro_batches(self, draw: int, micro_batch_rows: int, rank: int = 0, num_ranks: int = 1) -> list[MicroBatch]:
-        """One rank's share of a draw: a contiguous block of its slots, cut into micro-batches.
-
-        Raises:
-            ValueError: the rows of a step do not divide into ranks.
-        """
-        if self.rows_per_step % num_ranks:
-            raise ValueError(f"{self.rows_per_step} rows do not divide into {num_ranks} ranks")
-        share = self.rows_per_step // num_ranks
-        chosen = self.windows_of(draw)[rank * share : (rank + 1) * share]
-        return [self.windows.rows(chosen[i : i + micro_batch_rows]) for i in range(0, share, micro_batch_rows)]
+        return read_rows([(self.shard, self.spans(int(window))) for window in windows], self.row_tokens)
 
 
 class HeldOutBatches:
     """Whole held-out documents up to a number of tokens, read in order."""
 
-    def __init__(self, shard: TokenShard, document_bytes: NDArray[np.int64], row_tokens: int, max_tokens: int) -> None:
+    def __init__(
+        self, shard: TokenShard, document_bytes: NDArray[np.int64] | None, row_tokens: int, max_tokens: int
+    ) -> None:
         """
         Args:
             shard: the held-out pair.
-            document_bytes: (num_documents,) UTF-8 bytes of each document's text.
+            document_bytes: (num_documents,) UTF-8 bytes of each document's text; None: not known.
             row_tokens: L.
             max_tokens: documents are taken while they fit; the first real one always is.
         """
-        ends = shard.document_starts + shard.document_lengths  # in tokens; document 0 is the opening end token
-        num_documents = max(int(np.searchsorted(ends, max_tokens, side="right")), min(2, shard.num_documents))
+        ends = shard.document_starts + shard.document_lengths  # in tokens
+        opening = shard.num_opening
+        fitting = int(np.searchsorted(ends, max_tokens, side="right"))
+        num_documents = max(fitting, min(opening + 1, shard.num_documents))
         num_tokens = int(ends[num_documents - 1]) if num_documents else 0
         self.windows = Windows(shard, row_tokens, num_tokens)
-        self.num_bytes = int(document_bytes[:num_documents].sum())
-        self.num_documents = max(num_documents - 1, 0)
-
-    @property
-    def num_targets(self) -> int:
-        return self.windows.num_targets
+        self.num_bytes = None if document_bytes is None else int(document_bytes[:num_documents].sum())
+        self.num_documents = max(num_documents - opening, 0)
+        self.num_targets = self.windows.num_targets
 
     def micro_batches(self, rows: int, rank: int = 0, num_ranks: int = 1) -> Iterator[MicroBatch]:
         """One rank's share (every num_ranks-th window), `rows` windows at a time."""
         mine = np.arange(rank, self.windows.num_windows, num_ranks, dtype=np.int64)
         for first in range(0, len(mine), rows):
             yield self.windows.rows(mine[first : first + rows])
+
+
+def read_rows(contents: Sequence[tuple[TokenShard, Sequence[Span]]], row_tokens: int) -> MicroBatch:
+    """Rows of row_tokens positions, each made of spans of one shard, one behind the other.
+
+    A boundary lies where a document starts, and where a span does that is not the row's first: nothing leaks from one
+    span to the next. What no span fills does not count.
+
+    Raises:
+        UserError: an id lies outside the vocabulary, or a document does not end as the others do.
+    """
+    tokens = np.zeros((len(contents), row_tokens), dtype=np.int64)
+    targets = np.full((len(contents), row_tokens), IGNORED_TARGET, dtype=np.int64)
+    boundaries = np.zeros((len(contents), row_tokens), dtype=bool)
+    for row, (shard, spans) in enumerate(contents):
+        place = 0
+        for span in spans:
+            here = slice(place, place + span.length)
+            seen = shard.tokens(span.first, span.first + span.length + 1).astype(np.int64)
+            tokens[row, here], targets[row, here] = seen[:-1], seen[1:]
+            boundaries[row, place + boundaries_of(shard, span)] = True
+            if place:
+                boundaries[row, place] = True
+            before_start = _starts_within(shard, span) - 1 - span.first
+            if not shard.ends_marked:
+                targets[row, place + before_start] = IGNORED_TARGET
+            elif shard.end_id is not None and (seen[before_start] != shard.end_id).any():
+                raise _unended(shard, span, seen, before_start)
+            place += span.length
+    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(boundaries), torch.from_numpy(targets))
+
+
+def boundaries_of(shard: TokenShard, span: Span) -> NDArray[np.int64]:
+    """Which positions of a span are boundaries: (K,) ascending."""
+    if shard.ends_marked:
+        return _starts_within(shard, span) - 1 - span.first  # at the end token of the document before
+    first, last = np.searchsorted(shard.document_starts, [span.first, span.first + span.length])
+    return shard.document_starts[first:last] - span.first
+
+
+def _starts_within(shard: TokenShard, span: Span) -> NDArray[np.int64]:
+    """First tokens of documents among a span's targets."""
+    bounds = [span.first + 1, span.first + span.length + 1]
+    first, last = np.searchsorted(shard.document_starts, bounds)
+    return shard.document_starts[first:last]
+
+
+def _unended(shard: TokenShard, span: Span, seen: NDArray[np.int64], before_start: NDArray[np.int64]) -> UserError:
+    wrong = before_start[seen[before_start] != shard.end_id][0]
+    document = int(np.searchsorted(shard.document_starts, span.first + wrong, side="right")) - 1
+    return UserError(
+        f"{shard.file}, document {document:,} ends in id {seen[wrong]}, not in the end token {shard.end_id}",
+        f"`mambatrain data check {shard.prefix}` names every such document",
+    )

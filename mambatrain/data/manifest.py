@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from mambatrain.data.pretokenizers import PretokenizerName
 from mambatrain.data.progress import ByteProgress
 from mambatrain.data.sources import SourceFile
 from mambatrain.errors import UserError
@@ -23,8 +24,8 @@ class SourceRecord(Section):
 
     file: str
     """As the user named it, or below a folder so named."""
-    kind: Literal["text", "python", "json lines", "gzipped json lines", "parquet"]
-    """How it was read."""
+    kind: str
+    """How it was read: `json lines`, `gzipped json lines`, `parquet`."""
     num_bytes: Count
     """On disk."""
     sha256: Sha256
@@ -49,6 +50,22 @@ class TokenizerRecord(Section):
     end_of_document_id: Count
 
 
+class CleaningOptions(Section):
+    """What is done to documents before they are tokenized, and which are left out; nothing by default."""
+
+    normalize: Literal["NFC", "NFKC"] | None = None
+    """Unicode normalization form."""
+    min_characters: Count = 0
+    max_characters: Annotated[int, Field(ge=1)] | None = None
+    """Documents with fewer or more characters are left out."""
+    deduplicate: bool = False
+    """Of documents with the same text the first is kept."""
+    near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Documents whose sets of word 5-grams are this similar (Jaccard, as MinHash estimates it) to one before."""
+    decontaminate: list[SourceRecord] = Field(default_factory=list)
+    """Documents that share 13 words in a row with one of these files are left out."""
+
+
 class TokenizeOptions(Section):
     """What decides the tokens beside sources and tokenizer."""
 
@@ -58,8 +75,11 @@ class TokenizeOptions(Section):
     """Of the order of documents."""
     text_field: str = "text"
     """Field of JSON objects, column of parquet files."""
+    template: str | None = None
+    """Several fields in one text, `{title}\\n\\n{body}`; None: the text field alone."""
     skip_bad: bool = False
     """Leave out what cannot be read."""
+    cleaning: CleaningOptions = CleaningOptions()
 
 
 class ShardRecord(Section):
@@ -91,6 +111,21 @@ class TokenManifest(Section):
     """Documents of nothing but white space, or of which the tokenizer leaves nothing."""
     num_skipped_bad: Count
     """Documents that could not be read."""
+    num_changed_by_tokenizer: Count = 0
+    """Documents that the tokenizer's own normalizer changes, so that decoding gives not quite their text."""
+    num_with_nul: Count = 0
+    """Documents with NUL characters, which are kept."""
+    num_with_crlf: Count = 0
+    """Documents with line ends of two characters, which are kept."""
+    num_normalized: Count = 0
+    """Documents that `options.cleaning.normalize` changed."""
+    num_too_short: Count = 0
+    num_too_long: Count = 0
+    num_duplicates: Count = 0
+    num_near_duplicates: Count = 0
+    num_contaminated: Count = 0
+    """Documents that were left out, by the options of `options.cleaning`; each counts once, by the first in this order
+    but for duplicates, which are looked for last."""
     files: dict[str, FileRecord]
     """Every other file of the folder."""
 
@@ -101,7 +136,12 @@ class TokenizerSettings(Section):
     vocab_size: Annotated[int, Field(ge=1)]
     sample_bytes: Annotated[int, Field(ge=1)]
     """UTF-8 bytes of text that were drawn, at most."""
+    pretokenizer: PretokenizerName = "gpt-2"
+    """How text is split before anything is merged; llama.cpp's names."""
+    special_tokens: list[str] = Field(default_factory=list)
+    """Behind the end of a document, whose id is 0: ids 1, 2, ..."""
     text_field: str = "text"
+    template: str | None = None
     skip_bad: bool = False
 
 
@@ -136,12 +176,16 @@ def record_sources(files: Sequence[SourceFile]) -> list[SourceRecord]:
                 digest = sha256_of(file.path)
             except OSError as error:
                 raise UserError(
-                    f"{file.path} cannot be read: {error.strerror}", "it must be there to the end, and yours to read"
+                    f"{file.name} cannot be read: {error.strerror}", "it must be there to the end, and yours to read"
                 ) from error
-            records.append(SourceRecord(file=str(file.path), kind=file.kind, num_bytes=file.num_bytes, sha256=digest))
+            records.append(_record_source(file, digest))
             done += file.num_bytes
             progress.advance_to(done)
     return records
+
+
+def _record_source(file: SourceFile, digest: str) -> SourceRecord:
+    return SourceRecord(file=file.name, kind=file.kind_name, num_bytes=file.num_bytes, sha256=digest)
 
 
 def read_manifest(path: Path, kind: type[Manifest]) -> Manifest:
@@ -177,8 +221,16 @@ def differing_sources(before: Sequence[SourceRecord], after: Sequence[SourceReco
 
 def differing_fields(before: Section, after: Section) -> list[str]:
     """`name: value -> value` for every field in which two sections of one kind differ."""
-    old, new = before.model_dump(), after.model_dump()
-    return [f"{name}: {_shown(old[name])} -> {_shown(new[name])}" for name in new if old[name] != new[name]]
+    lines = []
+    for name in type(after).model_fields:
+        old, new = getattr(before, name), getattr(after, name)
+        if isinstance(new, Section) and isinstance(old, Section):
+            lines += differing_fields(old, new)
+        elif name == "decontaminate":
+            lines += [f"decontaminate {line}" for line in differing_sources(old, new)]
+        elif old != new:
+            lines.append(f"{name}: {_shown(old)} -> {_shown(new)}")
+    return lines
 
 
 def refuse_other_output(out: str | Path, differences: Sequence[str]) -> UserError:

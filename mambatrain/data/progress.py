@@ -17,9 +17,10 @@ class ByteProgress:
     On a terminal a transient bar (rich); elsewhere silent for the first seconds, then a line at an interval.
     """
 
-    def __init__(self, what: str, total_bytes: int) -> None:
+    def __init__(self, what: str, total_bytes: int, bytes_before: int = 0) -> None:
         self.what = what
         self.total_bytes = total_bytes
+        self.bytes_before = bytes_before  # done by an earlier process: they say nothing about the rate
         self._bar = _open_bar(what, total_bytes) if sys.stderr.isatty() else None
         self._interval = LINE_INTERVAL_SECONDS if self._bar is None else BAR_INTERVAL_SECONDS
         self._started = self._last_shown = time.monotonic()
@@ -44,17 +45,22 @@ class ByteProgress:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=num_bytes)
         else:
-            sys.stderr.write(progress_line(self.what, num_bytes, self.total_bytes, now - self._started) + "\n")
+            seconds = now - self._started
+            line = progress_line(self.what, num_bytes, self.total_bytes, seconds, self.bytes_before)
+            sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
 
-def progress_line(what: str, num_bytes: int, total_bytes: int, seconds: float) -> str:
+def progress_line(what: str, num_bytes: int, total_bytes: int, seconds: float, bytes_before: int = 0) -> str:
     """`tokenizing: 12.3 of 45.6 MB, 5.4 MB/s, 0:06 left`."""
-    rate = num_bytes / max(seconds, 1e-9)
-    left = int((total_bytes - num_bytes) / rate) if rate else 0
+    rate = (num_bytes - bytes_before) / max(seconds, 1e-9)
+    told = f"{what}: {num_bytes / 1e6:.1f} of {total_bytes / 1e6:.1f} MB"
+    if rate <= 0:  # in the middle of the first document
+        return told
+    left = int((total_bytes - num_bytes) / rate)
     hours, minutes = divmod(left // 60, 60)
     clock = f"{hours}:{minutes:02d}:{left % 60:02d}" if hours else f"{minutes}:{left % 60:02d}"
-    return f"{what}: {num_bytes / 1e6:.1f} of {total_bytes / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s, {clock} left"
+    return f"{told}, {rate / 1e6:.1f} MB/s, {clock} left"
 
 
 def _open_bar(what: str, total_bytes: int):  # type: ignore[no-untyped-def]  # rich is imported only for a terminal

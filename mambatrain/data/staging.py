@@ -19,6 +19,10 @@ class StagedFolder:
 
     Leaving the block without `publish` removes it, whatever the reason. What a killed process left is cleared away.
 
+    `work` is the place of another folder, `.NAME.work`, for what a later process may go on with: whoever wants it makes
+    it. It is left where the block was interrupted, and removed when the block ends, or in an error of the user's or the
+    disk's.
+
     Raises (on entry):
         UserError: another process is making the same folder.
     """
@@ -27,6 +31,7 @@ class StagedFolder:
         self.out = Path(out)
         self._place = Path(os.path.realpath(self.out))  # a link is kept, and what it leads to is replaced
         self.path = self._beside("partial")
+        self.work = self._beside("work")
         self._old = self._beside("old")
         self._lock_file = self._beside("lock")
         self._lock = -1
@@ -49,6 +54,8 @@ class StagedFolder:
     ) -> None:
         try:
             _remove(self.path)
+            if kind is None or issubclass(kind, UserError | OSError):
+                _remove(self.work)
         finally:
             self._give_lock_back()
 

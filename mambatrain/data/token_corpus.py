@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mambatrain.data.manifest import ShardRecord, TokenManifest, read_manifest
+from mambatrain.data.manifest import Sha256, ShardRecord, TokenManifest, read_manifest
 from mambatrain.data.sources import missing_file
 from mambatrain.data.token_shards import TokenShard, token_dtype
 from mambatrain.errors import UserError
 from mambatrain.files import sha256_of
+from mambatrain.recipe.section import Section
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -22,6 +24,31 @@ DATA_FILES = (*(f"{split}{ending}" for split in SPLITS for ending in (".bin", ".
 """Every file of the folder but the manifest, which records them."""
 
 _MAKE_AGAIN = "copy it again, or make it again with `mambatrain tokenize ... --overwrite`"
+
+
+class CombinedFrom(Section):
+    """A folder that documents were taken from."""
+
+    folder: str
+    """As the user named it."""
+    digest: Sha256
+    """Of its shards."""
+
+
+class Combination(Section):
+    """How a folder was made from others."""
+
+    verb: Literal["merge", "split"]
+    seed: int
+    held_out: float | None
+    """`split` only: the fraction held out."""
+    parts: list[CombinedFrom]
+
+
+class CorpusManifest(TokenManifest):
+    """Of a folder that `tokenize` wrote, or `data merge` and `data split` from such; `options` are the first's then."""
+
+    combined: Combination | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +60,7 @@ class TokenCorpus:
     """
 
     folder: Path
-    manifest: TokenManifest
+    manifest: CorpusManifest
     train: TokenShard
     held_out: TokenShard
     train_bytes: NDArray[np.int64]
@@ -78,11 +105,12 @@ def open_token_corpus(folder: str | Path) -> TokenCorpus:
         raise UserError(
             f"{place} holds no {MANIFEST_NAME}", "`mambatrain tokenize SOURCE... --out FOLDER` makes tokens"
         )
-    manifest = read_manifest(place / MANIFEST_NAME, TokenManifest)
+    manifest = read_manifest(place / MANIFEST_NAME, CorpusManifest)
     _check_files(place, manifest)
     shards = {split: TokenShard(place / split, manifest.tokenizer.vocab_size) for split in SPLITS}
     lengths = {split: _open_bytes(place / f"{split}.bytes.npy") for split in SPLITS}
     for split, record in (("train", manifest.train), ("held_out", manifest.held_out)):
+        shards[split].end_id = manifest.tokenizer.end_of_document_id
         _check_shard(place, shards[split], lengths[split], record, manifest)
     return TokenCorpus(place, manifest, shards["train"], shards["held_out"], lengths["train"], lengths["held_out"])
 
@@ -146,7 +174,17 @@ def _open_bytes(file: Path) -> NDArray[np.int64]:
     return np.asarray(lengths)
 
 
+def is_packing_file(name: str) -> bool:
+    """Whether a file of a token folder is a packing (packing.py), which may always be computed anew.
+
+    It stands here because `tokenize` asks it, which loads no torch: that would be most of its memory.
+    """
+    return ".best_fit-" in name and name.endswith((".npy", ".json"))
+
+
 def is_token_folder(folder: Path) -> bool:
     """Whether a folder holds what `tokenize` writes and nothing else, so that it may be replaced."""
     known = {*DATA_FILES, MANIFEST_NAME}
-    return (folder / MANIFEST_NAME).is_file() and all(entry.name in known for entry in folder.iterdir())
+    return (folder / MANIFEST_NAME).is_file() and all(
+        entry.name in known or is_packing_file(entry.name) for entry in folder.iterdir()
+    )

@@ -16,6 +16,7 @@ Here a document is one sequence; shards of other tools may cut documents into se
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from array import array
@@ -37,6 +38,8 @@ _DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
 _MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are int32
 _WRITE_BUFFER_BYTES = 1 << 20
+_KEPT_BYTES = 1 << 26  # of a shard, after which what was read of it is given back to the system
+_FAULT_BYTES = 1 << 21  # that one id may bring into memory: a huge page of the system's cache
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -57,6 +60,9 @@ class TokenShard:
         vocab_size: ids that are read must lie below it; None: any id may come.
 
     Attributes:
+        end_id: the id that ends every document, None where it is not known. Whoever opens a shard sets it.
+        ends_marked: whether every document ends in an end token. Where not, a document begins at its first token, and
+            nothing stands between it and the one before.
         dtype: of the ids on disk.
         num_tokens, num_documents: all of them, end tokens included.
         document_lengths: (num_documents,) int64, tokens of each document.
@@ -69,6 +75,9 @@ class TokenShard:
     def __init__(self, prefix: str | Path, vocab_size: int | None = None) -> None:
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
+        self._bytes_read = 0
+        self.end_id: int | None = None
+        self.ends_marked = True
         self.file, index = shard_files(self.prefix)
         for file in (self.file, index):
             if not file.is_file():
@@ -100,13 +109,49 @@ class TokenShard:
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
-        ids = np.asarray(self._tokens[start:stop])
+        ids = self.raw_tokens(start, stop)
         if self.vocab_size is not None and stop > start and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             bad = start + int(np.flatnonzero((ids < 0) | (ids >= self.vocab_size))[0])
             raise UserError(
                 f"{self.file}: token {bad} has id {self._tokens[bad]}, beyond the {self.vocab_size} of the tokenizer",
                 "the file is damaged or belongs to another tokenizer; make it again",
             )
+        return ids
+
+    def _count_read(self, num_bytes: int) -> None:
+        """Gives pages back now and then, so that a pass over a shard takes no memory; views of them stay valid."""
+        self._bytes_read += num_bytes
+        if self._bytes_read > _KEPT_BYTES:
+            self._bytes_read = 0
+            mapped = getattr(self._tokens, "_mmap", None)
+            if mapped is not None:
+                mapped.madvise(mmap.MADV_DONTNEED)  # of a file: they are read again from it, or from the system's cache
+
+    def raw_tokens(self, start: int, stop: int) -> NDArray[Any]:
+        """As `tokens`, whatever ids the file holds."""
+        self._count_read((stop - start) * self.dtype.itemsize)
+        return np.asarray(self._tokens[start:stop])
+
+    @property
+    def num_opening(self) -> int:
+        """1 where document 0 is a lone end token that opens the shard and belongs to no text, else 0."""
+        lone = self.ends_marked and self.num_documents > 0 and self.document_lengths[0] == 1
+        return int(lone and (self.end_id is None or int(self._tokens[0]) == self.end_id))
+
+    def document(self, index: int) -> NDArray[Any]:
+        """All tokens of a document, as `tokens` gives them."""
+        start = int(self.document_starts[index])
+        return self.tokens(start, start + int(self.document_lengths[index]))
+
+    def last_ids(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The last id of each of some documents, none of which may be empty: (len(documents),) int64."""
+        places = self.document_starts[documents] + self.document_lengths[documents] - 1
+        ids = np.empty(len(places), dtype=np.int64)
+        at_once = _KEPT_BYTES // _FAULT_BYTES
+        for first in range(0, len(places), at_once):
+            here = slice(first, first + at_once)
+            self._count_read(len(places[here]) * _FAULT_BYTES)
+            ids[here] = self._tokens[places[here]]
         return ids
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from array import array
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mambatrain.data.documents import Document, DocumentReader
+from mambatrain.data.cleaning import Cleaner, normalizer_changes, word_runs_of
+from mambatrain.data.documents import MAX_BAD_NAMED, DocumentReader
+from mambatrain.data.encode_documents import BATCH_CHARACTERS, encode_documents, num_usable_cores
 from mambatrain.data.manifest import (
     FileRecord,
-    ShardRecord,
     SourceRecord,
     TokenizeOptions,
     TokenizerRecord,
@@ -25,26 +22,28 @@ from mambatrain.data.manifest import (
     record_sources,
     refuse_other_output,
 )
-from mambatrain.data.permutation import permute
+from mambatrain.data.near_duplicates import check_datasketch
 from mambatrain.data.progress import ByteProgress
-from mambatrain.data.sources import Sources, check_unchanged, find_sources
+from mambatrain.data.shuffle_documents import find_duplicates, write_shuffled
+from mambatrain.data.sources import SourceFile, Sources, check_unchanged, find_sources
 from mambatrain.data.staging import StagedFolder
+from mambatrain.data.streams import StandardInputKind, keep_streams
+from mambatrain.data.text_fields import TextFields
 from mambatrain.data.token_corpus import (
     DATA_FILES,
     MANIFEST_NAME,
-    SPLITS,
     TOKENIZER_NAME,
     TokenCorpus,
     is_token_folder,
     open_token_corpus,
 )
-from mambatrain.data.token_shards import TokenShard, TokenShardWriter, shard_files, token_dtype
+from mambatrain.data.token_shards import token_dtype
+from mambatrain.data.token_spool import Progress, TokenSpool, identity_of
 from mambatrain.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mambatrain.errors import UserError
-from mambatrain.files import fsync_file, sha256_of, write_bytes_whole, write_errors_named
+from mambatrain.files import sha256_of, write_bytes_whole, write_errors_named
 
-BATCH_CHARACTERS = 4_000_000  # text that is read before it is encoded; enough for all cores, little to hold
-_STAGING_NAME = "in_source_order"
+_SPOOL_VERSION = 1  # of what a spool's bytes mean: one of another version is not continued
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,20 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """The documents of a corpus in source order, one shard. Lengths count UTF-8 bytes of text: (num_documents,)."""
+class HowToRead:
+    """What does not change the tokens, and how streams become files.
 
-    shard: TokenShard
-    text_bytes: NDArray[np.int64]
-    num_skipped_empty: int
-    reader: DocumentReader
+    Attributes:
+        num_workers: threads that encode; None: one a core.
+        standard_input: what `-` holds.
+        streaming: data sets of the hub are read row by row, not downloaded whole.
+        batch_characters: text that a thread encodes at once.
+    """
+
+    num_workers: int | None = None
+    standard_input: StandardInputKind = "jsonl"
+    streaming: bool = False
+    batch_characters: int = BATCH_CHARACTERS
 
 
 def tokenize_corpus(
@@ -81,55 +87,45 @@ def tokenize_corpus(
     options: TokenizeOptions,
     end_of_document: str | None = None,
     overwrite: bool = False,
-    batch_characters: int = BATCH_CHARACTERS,
+    how: HowToRead = HowToRead(),
+    decontaminate: Sequence[str | Path] = (),
 ) -> Tokenized:
     """Tokenizes files and folders of text into a folder of shards, or finds that this was done.
 
     The result depends on sources, tokenizer and options alone. The folder appears whole; on the way it takes twice
-    the tokens' room on the disk.
+    the tokens' room on the disk. A call that was stopped is continued by the next with the same arguments, from
+    `.NAME.work` beside the folder.
 
     Args:
         end_of_document: name of the token behind every document; None: found by its usual names.
         overwrite: replace a folder of tokens that was made from something else.
-        batch_characters: text that is encoded at once.
+        decontaminate: evaluation files; their records go into `options.cleaning.decontaminate`.
 
     Raises:
         UserError: anything wrong with sources, tokenizer, output or disk; nothing is left behind.
     """
-    found = find_sources(sources)
+    fields = TextFields(options.text_field, options.template)
+    if options.cleaning.near_duplicates is not None:
+        check_datasketch()
     loaded = load_tokenizer(tokenizer, end_of_document)
     with write_errors_named(out), StagedFolder(out) as staged:
+        staged.work.mkdir(exist_ok=True)
+        found = find_sources(keep_streams(sources, staged.work, fields, how.standard_input, how.streaming))
         records = record_sources(found.files)
+        evaluation = find_sources(decontaminate).files if decontaminate else ()
+        cleaning = options.cleaning.model_copy(update={"decontaminate": record_sources(evaluation)})
+        options = options.model_copy(update={"cleaning": cleaning})
         if Path(out).exists() and not _is_empty_folder(Path(out)):
             existing = _reusable(Path(out), records, loaded, options, overwrite)
             if existing is not None:
                 return Tokenized(existing, reused=True, unread=found.unread, bad=())
-        encoded = _encode(found, loaded, options, staged.path / _STAGING_NAME, batch_characters)
-        check_unchanged(found.files)
-        train, held_out = _write_shuffled(encoded, loaded, options, staged.path)
-        for file in shard_files(staged.path / _STAGING_NAME):
-            file.unlink()
-        write_bytes_whole(staged.path / TOKENIZER_NAME, loaded.file.read_bytes())
-        manifest = TokenManifest(
-            tokenizer=_record_tokenizer(loaded),
-            sources=records,
-            options=options,
-            dtype="uint16" if encoded.shard.dtype.name == "uint16" else "int32",
-            train=train,
-            held_out=held_out,
-            num_skipped_empty=encoded.num_skipped_empty,
-            num_skipped_bad=encoded.reader.num_bad,
-            files={name: _record_file(staged.path / name) for name in DATA_FILES},
-        )
-        write_bytes_whole(staged.path / MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
-        open_token_corpus(staged.path)  # what cannot be read back is not put in place
+        spool = _open_spool(staged.work, records, loaded, options)
+        _encode(spool, found, loaded, options, how, evaluation)
+        check_unchanged([*found.files, *evaluation])
+        _write_folder(spool, records, loaded, options, staged.path)
         staged.publish()
-    return Tokenized(open_token_corpus(out), reused=False, unread=found.unread, bad=tuple(encoded.reader.bad))
-
-
-def num_held_out(num_documents: int, fraction: float) -> int:
-    """ceil(fraction * num_documents), exact in the decimal fraction; one document at least stays to train on."""
-    return min(math.ceil(Fraction(str(fraction)) * num_documents), max(num_documents - 1, 0))
+        bad = tuple(spool.journal.progress.bad)
+    return Tokenized(open_token_corpus(out), reused=False, unread=found.unread, bad=bad)
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -157,89 +153,108 @@ def _reusable(
     return corpus
 
 
+def _open_spool(
+    folder: Path, records: list[SourceRecord], loaded: LoadedTokenizer, options: TokenizeOptions
+) -> TokenSpool:
+    named = [*records, *options.cleaning.decontaminate]
+    identity = identity_of(
+        {
+            "version": _SPOOL_VERSION,
+            "sources": [(record.kind, record.num_bytes, record.sha256) for record in named],
+            "options": options.model_dump(exclude={"cleaning": {"decontaminate"}}),
+            "tokenizer": (loaded.sha256, loaded.end_of_document_id),
+        }
+    )
+    cleaning = options.cleaning
+    wanted = {"digests": cleaning.deduplicate, "signatures": cleaning.near_duplicates is not None}
+    kept = tuple(name for name, is_wanted in wanted.items() if is_wanted)
+    return TokenSpool(folder, identity, token_dtype(loaded.vocab_size), kept)
+
+
 def _encode(
-    sources: Sources, loaded: LoadedTokenizer, options: TokenizeOptions, prefix: Path, batch_characters: int
-) -> _Encoded:
-    reader = DocumentReader(sources.files, options.text_field, options.skip_bad)
-    text_bytes = array("q")
-    num_skipped_empty = 0
-    end = np.array([loaded.end_of_document_id], dtype=np.int32)
-    with (
-        TokenShardWriter(prefix, token_dtype(loaded.vocab_size)) as writer,
-        ByteProgress("tokenizing", sources.num_bytes) as progress,
-    ):
-        for batch in _batches(reader, batch_characters):
-            for document, ids in zip(batch, loaded.encode_batch([document.text for document in batch]), strict=True):
-                if not len(ids) or document.text.isspace():
-                    num_skipped_empty += 1
-                    continue
-                _check_ids(ids, loaded, document)
-                writer.append(np.concatenate([ids, end]))
-                text_bytes.append(len(document.text) if document.text.isascii() else len(document.text.encode()))
-            progress.advance_to(reader.bytes_read)
-    if not text_bytes:
-        raise _empty_corpus(sources, reader, num_skipped_empty)
-    lengths = np.frombuffer(text_bytes, dtype=np.int64)
-    return _Encoded(TokenShard(prefix), lengths, num_skipped_empty, reader)
+    spool: TokenSpool,
+    sources: Sources,
+    loaded: LoadedTokenizer,
+    options: TokenizeOptions,
+    how: HowToRead,
+    evaluation: Sequence[SourceFile],
+) -> None:
+    """Fills the spool, from where it stands."""
+    if spool.journal.complete:
+        return
+    before = spool.journal.progress
+    if spool.continued:
+        sys.stderr.write(f"continuing: {spool.journal.num_documents:,} documents were tokenized before\n")
+    fields = TextFields(options.text_field, options.template)
+    reader = DocumentReader(sources.files, fields, options.skip_bad, start=before.place)
+    reader.bad.extend(before.bad)
+    cleaner = Cleaner(options.cleaning, normalizer_changes(loaded.tokenizer), word_runs_of(evaluation))
+    cleaner.counts.update(before.counts)
+    num_bad_before = before.counts.get("num_skipped_bad", 0)
 
-
-def _batches(reader: DocumentReader, batch_characters: int) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in reader:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= batch_characters:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _check_ids(ids: NDArray[np.int32], loaded: LoadedTokenizer, document: Document) -> None:
-    """An end token within a document would be taken for its end."""
-    if (ids == loaded.end_of_document_id).any():
-        raise UserError(
-            f"{document.origin} holds {loaded.end_of_document} as text, and the tokenizer takes it for the token",
-            f'mark the token as `"special": true` in {loaded.file}, or name another with --end-of-document',
+    def progress_now() -> Progress:
+        counts = {**cleaner.counts, "num_skipped_bad": num_bad_before + reader.num_bad}
+        return Progress(
+            num_files=reader.place.num_files,
+            num_units=reader.place.num_units,
+            bytes_read=reader.bytes_read,
+            counts=counts,
+            bad=reader.bad[:MAX_BAD_NAMED],
         )
 
-
-def _empty_corpus(sources: Sources, reader: DocumentReader, num_skipped_empty: int) -> UserError:
-    counts = f"files: {len(sources.files)}, empty documents: {num_skipped_empty}, unreadable ones: {reader.num_bad}"
-    hint = f"the first: {reader.bad[0]}" if reader.bad else "name files that hold text"
-    return UserError(f"the sources hold no text ({counts})", hint)
-
-
-def _write_shuffled(
-    encoded: _Encoded, loaded: LoadedTokenizer, options: TokenizeOptions, folder: Path
-) -> tuple[ShardRecord, ShardRecord]:
-    """The two shards and their bytes: the shuffled order's last documents are held out."""
-    num_documents = encoded.shard.num_documents
-    order = permute(np.arange(num_documents, dtype=np.int64), num_documents, options.seed)
-    cut = num_documents - num_held_out(num_documents, options.held_out)
-    total_bytes = encoded.shard.num_tokens * encoded.shard.dtype.itemsize
-    records: list[ShardRecord] = []
-    with ByteProgress("shuffling documents", total_bytes) as progress:
-        done = 0
-        for split, indices in zip(SPLITS, (order[:cut], order[cut:]), strict=True):
-            with TokenShardWriter(folder / split, encoded.shard.dtype) as writer:
-                writer.append(np.array([loaded.end_of_document_id]))
-                for index in indices:
-                    start = int(encoded.shard.document_starts[index])
-                    writer.append(encoded.shard.tokens(start, start + int(encoded.shard.document_lengths[index])))
-                    progress.advance_to(done + writer.num_tokens * encoded.shard.dtype.itemsize)
-            done += writer.num_tokens * encoded.shard.dtype.itemsize
-            text_bytes = np.concatenate([[0], encoded.text_bytes[indices]]).astype("<i8")
-            _write_array(folder / f"{split}.bytes.npy", text_bytes)
-            num_bytes = int(text_bytes.sum())
-            records.append(ShardRecord(num_documents=len(indices), num_tokens=writer.num_tokens, num_bytes=num_bytes))
-    return records[0], records[1]
+    batches = encode_documents(
+        cleaner.clean(reader),
+        loaded,
+        spool.dtype,
+        progress_now,
+        how.num_workers or num_usable_cores(),
+        how.batch_characters,
+    )
+    with spool, ByteProgress("tokenizing", sources.num_bytes, before.bytes_read) as progress:
+        for batch in batches:
+            spool.add(batch)
+            progress.advance_to(spool.journal.progress.bytes_read)
+        if not spool.journal.num_documents:
+            raise _empty_corpus(sources, spool)
+        spool.complete()
 
 
-def _write_array(path: Path, values: NDArray[np.int64]) -> None:
-    np.save(path, values, allow_pickle=False)
-    fsync_file(path)
+def _empty_corpus(sources: Sources, spool: TokenSpool) -> UserError:
+    progress = spool.journal.progress
+    counts = dict(progress.counts)
+    num_bad = counts.pop("num_skipped_bad", 0)
+    num_empty = counts.pop("num_skipped_empty", 0) + spool.journal.num_left_empty
+    told = f"files: {len(sources.files)}, empty documents: {num_empty}, unreadable ones: {num_bad}"
+    left_out = {
+        name: count for name, count in counts.items() if name in ("num_too_short", "num_too_long", "num_contaminated")
+    }
+    told += "".join(f", {name.removeprefix('num_').replace('_', ' ')}: {count}" for name, count in left_out.items())
+    hint = f"the first: {progress.bad[0]}" if progress.bad else "name files that hold text"
+    return UserError(f"the sources hold no text ({told})", hint)
+
+
+def _write_folder(
+    spool: TokenSpool, records: list[SourceRecord], loaded: LoadedTokenizer, options: TokenizeOptions, folder: Path
+) -> None:
+    duplicates = find_duplicates(spool, options.cleaning)
+    train, held_out = write_shuffled(spool, duplicates.kept, loaded.end_of_document_id, options, folder)
+    write_bytes_whole(folder / TOKENIZER_NAME, loaded.content)
+    counts: dict[str, Any] = dict(spool.journal.progress.counts)
+    counts["num_skipped_empty"] = counts.get("num_skipped_empty", 0) + spool.journal.num_left_empty
+    manifest = TokenManifest(
+        tokenizer=_record_tokenizer(loaded),
+        sources=records,
+        options=options,
+        dtype="uint16" if spool.dtype.name == "uint16" else "int32",
+        train=train,
+        held_out=held_out,
+        num_duplicates=duplicates.num_exact,
+        num_near_duplicates=duplicates.num_near,
+        files={name: _record_file(folder / name) for name in DATA_FILES},
+        **counts,
+    )
+    write_bytes_whole(folder / MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
+    open_token_corpus(folder)  # what cannot be read back is not put in place
 
 
 def _record_tokenizer(loaded: LoadedTokenizer) -> TokenizerRecord:

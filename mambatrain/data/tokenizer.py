@@ -14,17 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 
-from mambatrain.data.sources import missing_file
+from mambatrain.data.pretokenizers import PRETOKENIZER_NAMES, cut_text, safe_cut
+from mambatrain.data.sentencepiece_model import load_sentencepiece
+from mambatrain.data.sources import HUB_PREFIX, missing_file
 from mambatrain.errors import UserError, nearest
 
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
-# An encoding takes about 25 bytes of memory for a byte of text, so that a batch is kept to some 200 MB; a piece of a
-# long document is long enough for its overhead to vanish and short enough to keep all cores busy.
-BATCH_CHARACTERS = 8_000_000
-PIECE_CHARACTERS = 65_536
-
-_LINE_END = re.compile(r"\S\n")
+# Pieces of this length are encoded faster than whole chapters: what an encoding allocates stays in the caches.
+PIECE_CHARACTERS = 4096
+# An encoding takes up to 120 bytes of memory for a byte of text, so that a batch is kept to some 100 MB.
+BATCH_CHARACTERS = 1_000_000
+MAX_UNCUT_CHARACTERS = 4_000_000
+"""The longest text that is encoded at once where the tokenizer does not let it be cut: some 500 MB of memory."""
 
 
 @dataclass(frozen=True)
@@ -33,25 +35,34 @@ class LoadedTokenizer:
 
     Attributes:
         file: where it was read from.
-        sha256: digest of that file's bytes.
+        content: of a `tokenizer.json`: that file, or what was made of a SentencePiece model.
+        sha256: digest of the content.
         vocab_size: highest token id + 1, added tokens included.
-        cuts_at_newlines: a newline that follows anything but white space always starts a new pre-token, so that a
-            long document may be encoded in pieces that start there: the tokens are the same.
+        cut: ends where a text may be cut so that its pieces give the tokens of the whole (`safe_cut`); None: nowhere.
     """
 
     tokenizer: Tokenizer
     file: Path
+    content: bytes
     sha256: str
     vocab_size: int
     end_of_document: str
     end_of_document_id: int
-    cuts_at_newlines: bool
+    cut: re.Pattern[str] | None
+
+    @property
+    def cuts_at_newlines(self) -> bool:
+        """Whether a text may be cut before each newline that follows anything but white space."""
+        return self.cut is not None and self.cut.search("x\n") is not None
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Token ids of each text, (num_tokens,), on all cores.
 
         No special token is added, and a special token's name inside a text is encoded as the plain text it is.
-        Memory is bounded whatever the number and (where `cuts_at_newlines`) the length of the texts.
+        Memory is bounded whatever the number and the length of the texts.
+
+        Raises:
+            UserError: a text is longer than MAX_UNCUT_CHARACTERS and has no place to cut.
         """
         pieces: list[list[NDArray[np.int32]]] = [[] for _ in texts]
         for batch in _batches(self._pieces(texts)):
@@ -64,16 +75,35 @@ class LoadedTokenizer:
         """The text of token ids; special tokens are spelled out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def pieces(self, text: str) -> Iterator[str]:
+        """Parts of a text that join to it, and whose tokens join to its tokens.
+
+        Raises:
+            UserError: one is longer than MAX_UNCUT_CHARACTERS.
+        """
+        for piece in [text] if self.cut is None else cut_text(text, PIECE_CHARACTERS, self.cut):
+            if len(piece) > MAX_UNCUT_CHARACTERS:
+                raise self._too_long(len(piece))
+            yield piece
+
+    def _too_long(self, num_characters: int) -> UserError:
+        limit = f"more than the {MAX_UNCUT_CHARACTERS:,} that are encoded at once"
+        if self.cut is not None:
+            message = f"a text has {num_characters:,} characters without a place to cut, {limit}"
+            return UserError(message, "put spaces or line ends into it, or split it into several documents")
+        return UserError(
+            f"a text has {num_characters:,} characters, {limit} with {self.file}",
+            "split it into several documents; byte-level BPE that splits as "
+            f"{', '.join(PRETOKENIZER_NAMES)} takes texts of any length",
+        )
+
     def _pieces(self, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
         for index, text in enumerate(texts):
-            if self.cuts_at_newlines:
-                yield from ((index, piece) for piece in cut_at_newlines(text, PIECE_CHARACTERS))
-            else:
-                yield index, text
+            yield from ((index, piece) for piece in self.pieces(text))
 
 
 def load_tokenizer(where: str | Path, end_of_document: str | None = None) -> LoadedTokenizer:
-    """Reads a `tokenizer.json`, or the one in a folder.
+    """Reads a `tokenizer.json`, the one in a folder, a SentencePiece `.model`, or `hf://NAME[@REVISION]` of the hub.
 
     Args:
         end_of_document: name of the token that ends a document; None: the first of END_OF_DOCUMENT_NAMES it has.
@@ -81,8 +111,9 @@ def load_tokenizer(where: str | Path, end_of_document: str | None = None) -> Loa
     Raises:
         UserError: no such file, not a tokenizer, or it has no such token.
     """
-    file = _tokenizer_file(Path(where))
-    content = file.read_bytes()
+    file = _download(str(where)) if str(where).startswith(HUB_PREFIX) else _tokenizer_file(Path(where))
+    is_model = file.suffix == ".model"
+    content = load_sentencepiece(file).to_str(pretty=True).encode() if is_model else file.read_bytes()
     tokenizer = _parse(file, content)
     # A file may carry settings of the model it was made for; here text is encoded whole, and always the same way.
     tokenizer.no_truncation()
@@ -97,11 +128,12 @@ def load_tokenizer(where: str | Path, end_of_document: str | None = None) -> Loa
     return LoadedTokenizer(
         tokenizer=tokenizer,
         file=file,
+        content=content,
         sha256=hashlib.sha256(content).hexdigest(),
         vocab_size=max(vocabulary.values()) + 1,
         end_of_document=name,
         end_of_document_id=vocabulary[name],
-        cuts_at_newlines=_cuts_at_newlines(tokenizer),
+        cut=safe_cut(tokenizer),
     )
 
 
@@ -122,22 +154,6 @@ def encode_alike(one: str | Path, other: str | Path) -> bool:
     return _meaning(first) == _meaning(second)
 
 
-def cut_at_newlines(text: str, num_characters: int) -> list[str]:
-    """Pieces that join to the text, cut before newlines that follow anything but white space.
-
-    A piece ends at the first such place from its `num_characters`-th character on, so that it may be longer.
-    """
-    pieces, start = [], 0
-    while len(text) - start > num_characters:
-        line_end = _LINE_END.search(text, start + num_characters - 1)
-        if line_end is None:
-            break
-        pieces.append(text[start : line_end.start() + 1])
-        start = line_end.start() + 1
-    pieces.append(text[start:])
-    return pieces
-
-
 def _batches(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
     batch: list[tuple[int, str]] = []
     characters = 0
@@ -149,6 +165,20 @@ def _batches(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _download(name: str) -> Path:
+    """The `tokenizer.json` of a model on the hub, in the hub's own cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    try:
+        return Path(hf_hub_download(repository, "tokenizer.json", revision=revision or None))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = "hf://NAME[@REVISION] names a model of the hub that has a tokenizer.json"
+        raise UserError(f"{name} cannot be read: {reason}", hint) from error
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -196,25 +226,3 @@ def _end_of_document(tokenizer: Tokenizer, vocabulary: dict[str, int], file: Pat
             return name
     names = ", ".join(END_OF_DOCUMENT_NAMES)
     raise UserError(f"{file} has no token that ends a document (looked for {names})", "--end-of-document names another")
-
-
-def _cuts_at_newlines(tokenizer: Tokenizer) -> bool:
-    r"""Whether the tokenizer splits text by GPT-2's pattern, on whose account `\S\n` is always split in the middle.
-
-    Of the pattern's alternatives none matches white space behind anything else, none looks behind, and `\s+(?!\S)`
-    looks ahead from white space only. NFC composes nothing with a newline. An added token that is not special could
-    still reach across a newline, or strip white space at its sides.
-    """
-    parts = json.loads(tokenizer.to_str())
-    pre_tokenizer, normalizer = parts["pre_tokenizer"] or {}, parts["normalizer"]
-    return (
-        pre_tokenizer.get("type") == "ByteLevel"
-        and pre_tokenizer.get("use_regex") is True
-        and pre_tokenizer.get("add_prefix_space") is False
-        and (normalizer is None or normalizer == {"type": "NFC"})
-        and not any(
-            token["lstrip"] or token["rstrip"] or token["single_word"] or "\n" in token["content"]
-            for token in parts["added_tokens"]
-            if not token["special"]
-        )
-    )

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer learned from text, with GPT-2's way of splitting it (what llama.cpp calls `gpt-2`)."""
+"""A byte-level BPE tokenizer learned from text, which is split in a way that llama.cpp knows by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import heapq
 import itertools
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,12 @@ from mambatrain.data.manifest import (
     refuse_other_output,
 )
 from mambatrain.data.permutation import permute
+from mambatrain.data.pretokenizers import PretokenizerName, cut_of, cut_text, make_pretokenizer
 from mambatrain.data.progress import ByteProgress
 from mambatrain.data.sources import Sources, check_unchanged, find_sources
-from mambatrain.data.tokenizer import cut_at_newlines, load_tokenizer
+from mambatrain.data.streams import StandardInputKind, keep_streams
+from mambatrain.data.text_fields import TextFields
+from mambatrain.data.tokenizer import load_tokenizer
 from mambatrain.errors import UserError
 from mambatrain.files import sha256_of, write_bytes_whole, write_errors_named
 
@@ -53,7 +57,12 @@ class TrainedTokenizer:
 
 
 def train_tokenizer(
-    sources: Sequence[str | Path], out: str | Path, settings: TokenizerSettings, overwrite: bool = False
+    sources: Sequence[str | Path],
+    out: str | Path,
+    settings: TokenizerSettings,
+    overwrite: bool = False,
+    standard_input: StandardInputKind = "jsonl",
+    streaming: bool = False,
 ) -> TrainedTokenizer:
     """Trains a tokenizer into a `tokenizer.json`, or finds that this was done. `<|endoftext|>` has the id 0.
 
@@ -68,17 +77,26 @@ def train_tokenizer(
         raise UserError(message, "every byte needs a token, and the end of a document another")
     if file.is_dir():
         raise UserError(f"{file} is a folder", f"name a file, for example --out {file / 'tokenizer.json'}")
-    found = find_sources(sources)
+    _check_special_tokens(settings)
+    with tempfile.TemporaryDirectory(prefix="mambatrain-") as folder:
+        fields = TextFields(settings.text_field, settings.template)
+        found = find_sources(keep_streams(sources, Path(folder), fields, standard_input, streaming))
+        return _train_on(found, fields, file, settings, overwrite)
+
+
+def _train_on(
+    found: Sources, fields: TextFields, file: Path, settings: TokenizerSettings, overwrite: bool
+) -> TrainedTokenizer:
     records = record_sources(found.files)
     if file.exists() and not overwrite:
         manifest = _reusable(file, records, settings)
         return TrainedTokenizer(file, manifest, reused=True, unread=found.unread, bad=())
-    reader = DocumentReader(found.files, settings.text_field, settings.skip_bad)
-    sample = _draw_sample(found, reader, settings.sample_bytes)
+    reader = DocumentReader(found.files, fields, settings.skip_bad)
+    sample = _draw_sample(found, reader, settings)
     check_unchanged(found.files)
     num_held_out = max(1, int(len(sample) * HELD_OUT_FRACTION)) if len(sample) > 1 else 0
     training, held_out = sample[: len(sample) - num_held_out], sample[len(sample) - num_held_out :]
-    content = _train(training, settings.vocab_size).to_str(pretty=True).encode()
+    content = _train(training, settings).to_str(pretty=True).encode()
     with write_errors_named(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_whole(file, content)
@@ -94,6 +112,17 @@ def train_tokenizer(
         )
         write_bytes_whole(manifest_file(file), (manifest.model_dump_json(indent=2) + "\n").encode())
     return TrainedTokenizer(file, manifest, reused=False, unread=found.unread, bad=tuple(reader.bad))
+
+
+def _check_special_tokens(settings: TokenizerSettings) -> None:
+    named = [END_OF_DOCUMENT, *settings.special_tokens]
+    for token in named:
+        if not token or token.isspace() or named.count(token) > 1:
+            why = "is named twice" if named.count(token) > 1 else "is nothing but white space"
+            raise UserError(f"--special-token {token!r} {why}", f"{END_OF_DOCUMENT} is always there; name others once")
+    if settings.vocab_size < MIN_VOCAB_SIZE + len(settings.special_tokens):
+        message = f"--vocab-size {settings.vocab_size} has no room for {len(settings.special_tokens)} special tokens"
+        raise UserError(message, "every byte needs a token, too")
 
 
 def manifest_file(tokenizer_file: Path) -> Path:
@@ -115,15 +144,15 @@ def _reusable(file: Path, records: list[SourceRecord], settings: TokenizerSettin
     return manifest
 
 
-def _draw_sample(sources: Sources, reader: DocumentReader, sample_bytes: int) -> list[str]:
+def _draw_sample(sources: Sources, reader: DocumentReader, settings: TokenizerSettings) -> list[str]:
     """Passages drawn uniformly over the whole corpus, in random order: those with the smallest random keys."""
     kept: list[tuple[int, str]] = []  # a heap by negative key: the passage to give up next comes first
     num_bytes = 0
     with ByteProgress("reading", sources.num_bytes) as progress:
-        for key, passage in zip(_random_keys(), _passages(reader), strict=False):
+        for key, passage in zip(_random_keys(), _passages(reader, settings.pretokenizer), strict=False):
             heapq.heappush(kept, (-key, passage))
             num_bytes += len(passage.encode())
-            while num_bytes > sample_bytes and len(kept) > 1:
+            while num_bytes > settings.sample_bytes and len(kept) > 1:
                 num_bytes -= len(heapq.heappop(kept)[1].encode())
             progress.advance_to(reader.bytes_read)
     if not kept:
@@ -138,20 +167,20 @@ def _random_keys() -> Iterator[int]:
         yield from permute(np.arange(first, first + 4096, dtype=np.int64), 2**62, 0).tolist()
 
 
-def _passages(reader: DocumentReader) -> Iterator[str]:
+def _passages(reader: DocumentReader, pretokenizer: PretokenizerName) -> Iterator[str]:
     for document in reader:
         if document.text and not document.text.isspace():
-            yield from cut_at_newlines(document.text, PASSAGE_CHARACTERS)
+            yield from cut_text(document.text, PASSAGE_CHARACTERS, cut_of(pretokenizer))
 
 
-def _train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def _train(texts: Sequence[str], settings: TokenizerSettings) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = make_pretokenizer(settings.pretokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
+        vocab_size=settings.vocab_size,
+        special_tokens=[END_OF_DOCUMENT, *settings.special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )

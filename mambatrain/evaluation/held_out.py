@@ -21,8 +21,8 @@ class HeldOutLoss(NamedTuple):
     """Summed -log p(target)."""
     num_targets: int
     """Tokens predicted."""
-    num_bytes: int
-    """UTF-8 bytes of the text those tokens stand for."""
+    num_bytes: int | None
+    """UTF-8 bytes of the text those tokens stand for; None: not known."""
 
     @property
     def nats_per_token(self) -> float:
@@ -35,12 +35,12 @@ class HeldOutLoss(NamedTuple):
         return math.exp(self.nats_per_token) if self.nats_per_token < 709.0 else math.inf
 
     @property
-    def bits_per_byte(self) -> float:
-        """Comparable across tokenizers."""
-        return self.nats / math.log(2.0) / self.num_bytes
+    def bits_per_byte(self) -> float | None:
+        """Comparable across tokenizers; None where nothing says how many bytes the text has."""
+        return None if self.num_bytes is None else self.nats / math.log(2.0) / self.num_bytes
 
 
-def measure_held_out(model: LanguageModel, micro_batches: Iterable[MicroBatch], num_bytes: int) -> HeldOutLoss:
+def measure_held_out(model: LanguageModel, micro_batches: Iterable[MicroBatch], num_bytes: int | None) -> HeldOutLoss:
     """The loss over all counted targets of some rows.
 
     Weights, gradients, random state and the training mode are left as they are.
@@ -48,7 +48,7 @@ def measure_held_out(model: LanguageModel, micro_batches: Iterable[MicroBatch], 
     Args:
         model: the module itself, not wrapped; autocast is the caller's (none: the dtype of the weights).
         micro_batches: of this process; with several, the caller sums `nats` and `num_targets` over them.
-        num_bytes: of the text of all rows.
+        num_bytes: of the text of all rows; None: not known.
     """
     nats, num_targets = 0.0, 0
     with evaluating(model):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mambatrain.data.batches import HeldOutBatches
-from mambatrain.data.token_corpus import TokenCorpus, open_token_corpus
+from mambatrain.data.open_tokens import Tokens, open_tokens
 from mambatrain.errors import UserError
 from mambatrain.recipe import Recipe, read_recipe
 from mambatrain.runs.folder import RunFolder
@@ -19,7 +19,7 @@ MAX_TOKENS = 500_000
 class HeldOutText:
     """Documents to predict, and in rows of which length."""
 
-    corpus: TokenCorpus
+    tokens: Tokens
     row_tokens: int
     batches: HeldOutBatches
 
@@ -31,7 +31,7 @@ def find_held_out_text(
 
     Args:
         where: the run or weights to be measured.
-        data: a folder of tokens; None: the run's own.
+        data: a folder of tokens, or a bare pair, which is measured whole; None: the run's own.
         row_tokens: L; None: the run's, else ROW_TOKENS.
         max_tokens: whole documents up to this many; None: the run's, else MAX_TOKENS.
 
@@ -42,14 +42,19 @@ def find_held_out_text(
     if data is None:
         if recipe is None:
             raise UserError(f"{where} is no run, so there is no text that belongs to it", "name some: --data SHARDS")
-        data = Path(recipe.data.shards)
-    corpus = open_token_corpus(data)
-    length = row_tokens or (ROW_TOKENS if recipe is None else recipe.data.row_tokens)
+        named, data = recipe.data.held_out, Path(recipe.data.held_out or recipe.data.all_shards[0])
+    else:
+        named = str(data)
+    tokens = open_tokens(data)
+    length = row_tokens or (ROW_TOKENS if recipe is None else recipe.data.longest_row_tokens)
     most = max_tokens or (MAX_TOKENS if recipe is None else recipe.evaluation.max_tokens)
-    batches = HeldOutBatches(corpus.held_out, corpus.held_out_bytes, length, most)
-    if not batches.num_documents:
+    shard, known = tokens.held_out, tokens.held_out_bytes
+    if shard is None and named is not None:  # a bare pair that was named for this: all of it
+        shard, known = tokens.train, tokens.train_bytes
+    batches = None if shard is None else HeldOutBatches(shard, known, length, most)
+    if batches is None or not batches.num_documents:
         raise UserError(f"{data} holds no held-out documents", "tokenize with --held-out FRACTION above 0")
-    return HeldOutText(corpus, length, batches)
+    return HeldOutText(tokens, length, batches)
 
 
 def recipe_of_run(where: str) -> Recipe | None:

@@ -27,7 +27,7 @@ class LossByPosition(NamedTuple):
     num_targets: Tensor
     """(L,) int64, targets that counted."""
 
-    def held_out(self, num_bytes: int) -> HeldOutLoss:
+    def held_out(self, num_bytes: int | None) -> HeldOutLoss:
         """The same measurement without the positions."""
         return HeldOutLoss(float(self.nats.sum()), int(self.num_targets.sum()), num_bytes)
 

@@ -1,6 +1,7 @@
 """Recipes: what a run is."""
 
 from mambatrain.recipe.annotate import annotate_recipe
+from mambatrain.recipe.data_section import DataSection, SourceSection, Stage, StageSection
 from mambatrain.recipe.files import (
     about_recipe,
     differing_settings,
@@ -12,7 +13,6 @@ from mambatrain.recipe.files import (
 )
 from mambatrain.recipe.sections import (
     CheckpointSection,
-    DataSection,
     EvaluationSection,
     ModelSection,
     OptimizerSection,
@@ -29,6 +29,9 @@ __all__ = [
     "OptimizerSection",
     "Recipe",
     "ScheduleSection",
+    "SourceSection",
+    "Stage",
+    "StageSection",
     "TrainingSection",
     "about_recipe",
     "annotate_recipe",

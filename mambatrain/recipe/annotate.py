@@ -15,13 +15,14 @@ def annotate_recipe(recipe: Recipe) -> str:
 
 def _annotate(section: BaseModel, indent: str) -> str:
     lines = []
+    plain = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             meaning = type(value).__doc__ or ""
             lines += ["", *_comment(meaning, indent), f"{indent}{name}:", _annotate(value, indent + "  ")]
         else:
-            setting = format_yaml({name: value}).rstrip("\n").replace("\n", f"\n{indent}")
+            setting = format_yaml({name: plain[name]}).rstrip("\n").replace("\n", f"\n{indent}")
             lines += [*_comment(field.description or "", indent), indent + setting]
     return "\n".join(lines)
 

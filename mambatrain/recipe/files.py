@@ -134,10 +134,11 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             f"--set {override} is not of the form path.to.field=value", "for example --set data.row_tokens=512"
         )
     *sections, field = path.split(".")
-    place = content
+    place: Any = content
     for section in sections:
-        place = place.setdefault(section, {})
-        if not isinstance(place, dict):
+        # Entries of a list (of sources, of stages) count from 0.
+        place = _entry(place, section, override) if isinstance(place, list) else place.setdefault(section, {})
+        if not isinstance(place, dict) and (not isinstance(place, list) or section == sections[-1]):
             raise UserError(
                 f"--set {override}: {section} is a value, not a section", "for example --set data.row_tokens=512"
             )
@@ -145,6 +146,15 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         place[field] = parse_yaml(text)
     except ValueError as error:
         raise UserError(f"--set {override}: the value is not readable YAML: {error}", "quote it") from None
+
+
+def _entry(entries: list[Any], index: str, override: str) -> Any:
+    if not index.isdigit() or int(index) >= len(entries):
+        raise UserError(
+            f"--set {override}: {index} is not one of {len(entries)} entries",
+            f"they count from 0 to {len(entries) - 1}",
+        )
+    return entries[int(index)]
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

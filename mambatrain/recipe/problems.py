@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -67,7 +67,7 @@ def _is_number(text: str) -> bool:
 
 def _nearest_setting(parts: list[str]) -> str | None:
     """What an unknown setting most likely meant: its name in another section, else a like name, in its own first."""
-    *sections, name = parts
+    *sections, name = [part for part in parts if not part.isdigit()]  # numbers are places in a list
     own_section = "".join(f"{section}." for section in sections)
     paths = list(_setting_paths(Recipe))[::-1]  # of two equal names the first in the file wins
     known = {path.rpartition(".")[2]: path for path in paths}
@@ -90,9 +90,15 @@ def _setting_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _section_at(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that a setting is, or that the entries of its list are."""
     field = section.model_fields.get(name)
-    annotation = field.annotation if field else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return _section_in(field.annotation) if field else None
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
 
 
 def _setting_path(location: tuple[str | int, ...]) -> str:
@@ -103,5 +109,5 @@ def _setting_path(location: tuple[str | int, ...]) -> str:
         if section is None:
             break
         parts.append(str(part))
-        section = _section_at(section, str(part))
+        section = section if isinstance(part, int) else _section_at(section, str(part))
     return ".".join(parts)

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from mambatrain.recipe.data_section import DataSection, Stage, resolve_stages
+from mambatrain.recipe.section import Fraction, PositiveInt, Section
 
-
-class Section(BaseModel):
-    """Frozen and strict: an unknown key or a value of another type is an error, never a default."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+__all__ = [
+    "CheckpointSection",
+    "EvaluationSection",
+    "ModelSection",
+    "OptimizerSection",
+    "Recipe",
+    "ScheduleSection",
+    "Section",
+    "TrainingSection",
+]
 
 
 class ModelSection(Section):
@@ -133,17 +136,6 @@ class ModelSection(Section):
         }
 
 
-class DataSection(Section):
-    """Where the tokens come from and in which order."""
-
-    shards: str
-    """Folder that `mambatrain tokenize` wrote."""
-    row_tokens: PositiveInt
-    """L, tokens in one training row."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Key of the permutation of windows."""
-
-
 class TrainingSection(Section):
     """How much at once and in total: give one of each pair, rows or tokens a step and steps or tokens in all."""
 
@@ -248,11 +240,19 @@ class Recipe(Section):
             raise ValueError(f"training.tokens_per_step {tokens} is not a multiple of data.row_tokens {row}")
         if self.schedule.warmup_steps is not None and self.schedule.warmup_steps > self.total_steps:
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds {self.total_steps} steps")
+        stages = self.stages  # refuses what does not fit
+        if tokens is None and any(stage.row_tokens != row for stage in stages):
+            raise ValueError("data.stages with rows of another length need training.tokens_per_step, not rows_per_step")
         return self
 
     @property
+    def stages(self) -> list[Stage]:
+        """What is drawn when; one stage where the recipe names none."""
+        return resolve_stages(self.data, self.rows_per_step, self.total_steps)
+
+    @property
     def rows_per_step(self) -> int:
-        """Rows in one step over all devices."""
+        """Rows of data.row_tokens in one step over all devices; stages may have others."""
         if self.training.rows_per_step is not None:
             return self.training.rows_per_step
         assert self.training.tokens_per_step is not None  # check_pairs

@@ -43,7 +43,7 @@ def draw_loss(lines: Sequence[dict[str, Any]], picture: Path, title: str) -> boo
             "o-",
             color="#c4501b",
             markersize=4,
-            label=f"held out; last {held_out[-1]['held_out_bits_per_byte']:.3f} bits per byte",
+            label=f"held out; last {_last_held_out(held_out[-1])}",
         )
     above.set_ylabel("loss (nats per token)")
     above.set_title(title)
@@ -61,6 +61,14 @@ def draw_loss(lines: Sequence[dict[str, Any]], picture: Path, title: str) -> boo
     rate.set_ylabel("learning rate", color="#2f855a")
     figure.savefig(picture, dpi=130)
     return True
+
+
+def _last_held_out(line: dict[str, Any]) -> str:
+    """Bits per byte where the text's bytes are known; a loss that is not finite is no number in the log."""
+    for name, unit in (("held_out_bits_per_byte", "bits per byte"), ("held_out_loss", "nats per token")):
+        if line[name] is not None:
+            return f"{line[name]:.3f} {unit}"
+    return "not finite"
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 import mambatrain
-from mambatrain.data.batches import HeldOutBatches, TrainingOrder, Windows
-from mambatrain.data.token_corpus import TokenCorpus, open_token_corpus, verify_token_corpus
 from mambatrain.data.tokenizer import encode_alike
+from mambatrain.data.training_data import TrainingData, open_training_data
 from mambatrain.devices import (
     DeviceName,
     Precision,
@@ -59,7 +58,7 @@ class Parts:
 
     accelerator: Accelerator
     resolved: Resolved
-    data: TokenCorpus
+    data: TrainingData
     backend: Backend
     check: SelfCheck
     weights: Weights | None
@@ -73,9 +72,9 @@ def choose_parts(
     Raises:
         UserError: data, tokenizer, weights and recipe do not fit each other, or a kernel cannot run or is wrong.
     """
-    data = open_data(recipe, weights)
+    data = open_data(recipe, weights, may_write=accelerator.is_main_process)
     if accelerator.is_main_process:
-        verify_token_corpus(data)
+        data.verify()
     backend = choose_backend(where.kernels, accelerator.device, parameter_dtype(resolved.precision))
     check = check_backend(backend, recipe.model.block, accelerator.device)
     return Parts(accelerator, resolved, data, backend, check, weights)
@@ -100,7 +99,6 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
     if checkpoint is not None:
         restore_optimizer(optimizer, model, _read_tensors(checkpoint / OPTIMIZER_FILE))
         progress = read_progress(checkpoint)
-    held_out = _held_out_batches(data, recipe)
     facts = describe_run(recipe, parts)
     tracker = None
     if accelerator.is_main_process:
@@ -110,7 +108,7 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
             tracker = WandbTracker(folder, recipe.model_dump(mode="json"))
             print_fact("wandb", tracker.where)
         if not where.quiet:
-            _print_facts(recipe, folder, facts, parts.backend, progress, held_out)
+            _print_facts(recipe, folder, facts, parts.backend, progress, data)
     quiet = where.quiet or not accelerator.is_main_process
     live = LiveLine(recipe.total_steps, progress.step, quiet)
     return TrainingRun(
@@ -120,12 +118,12 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
         objective=objective,
         prepared=accelerator.prepare(objective),
         optimizer=optimizer,
-        order=TrainingOrder(Windows(data.train, recipe.data.row_tokens), recipe.rows_per_step, recipe.data.seed),
-        held_out=held_out,
+        order=data.order,
+        held_out=data.held_out,
         micro_batch_rows=resolved.micro_batch_rows,
         progress=progress,
         reporter=RunReporter(folder, live, tracker, writes=accelerator.is_main_process),
-        flops_per_token=training_flops_per_token(recipe.model, recipe.data.row_tokens),
+        flops_per_token=training_flops_per_token(recipe.model, recipe.data.longest_row_tokens),
         peak_flops=facts["peak_flops"],
     )
 
@@ -159,26 +157,19 @@ def parameter_dtype(precision: Precision) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def open_data(recipe: Recipe, weights: Weights | None) -> TokenCorpus:
-    """The recipe's token folder, checked against the model and against the tokenizer of the starting weights."""
-    data = open_token_corpus(recipe.data.shards)
-    if data.vocab_size > recipe.model.vocab_size:
-        raise UserError(
-            f"{recipe.data.shards} was tokenized with {data.vocab_size:,} token ids but model.vocab_size is "
-            f"{recipe.model.vocab_size:,}",
-            f"--set model.vocab_size={data.vocab_size}, or tokenize with the tokenizer the recipe means",
-        )
+def open_data(recipe: Recipe, weights: Weights | None, may_write: bool) -> TrainingData:
+    """The recipe's tokens, checked against the model and against the tokenizer of the starting weights."""
+    data = open_training_data(recipe, may_write)
     if (
         weights is not None
         and weights.tokenizer_file is not None
+        and data.tokenizer_file is not None
         and not encode_alike(weights.tokenizer_file, data.tokenizer_file)
     ):
         raise UserError(
-            f"{recipe.data.shards} was tokenized with another tokenizer than that of {weights.origin}",
+            f"{', '.join(data.sources)} was tokenized with another tokenizer than that of {weights.origin}",
             f"tokenize the text again with --tokenizer {weights.tokenizer_file}",
         )
-    if Windows(data.train, recipe.data.row_tokens).num_windows == 0:
-        raise UserError(f"{recipe.data.shards} holds no training tokens", "tokenize more text")
     return data
 
 
@@ -229,11 +220,6 @@ def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool
     return start_accelerator(device, resolved.precision), resolved
 
 
-def _held_out_batches(data: TokenCorpus, recipe: Recipe) -> HeldOutBatches | None:
-    batches = HeldOutBatches(data.held_out, data.held_out_bytes, recipe.data.row_tokens, recipe.evaluation.max_tokens)
-    return batches if batches.num_targets else None
-
-
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
@@ -247,18 +233,36 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
+def describe_data(recipe: Recipe, data: TrainingData) -> list[str]:
+    """What a run draws from, a line each stage, and what it is measured on."""
+    lines = []
+    for stage, drawn in zip(recipe.stages, data.order.stages, strict=True):
+        shares = data.order.shares_of(stage.first_draw)
+        named = [f"{share:.1%} {name}" if len(shares) > 1 else name for name, share in shares.items()]
+        begins = f"from step {stage.first_draw + 1:,}: " if stage.first_draw else ""
+        packed = "packed " if recipe.data.packing == "best_fit" else ""
+        lines.append(f"{begins}{', '.join(named)}, {packed}rows of {drawn.row_tokens}")
+    if data.held_out is None:
+        lines[0] += ", nothing held out"
+    else:
+        lines[0] += f", {data.held_out.num_targets:,} tokens held out"
+        if data.held_out.num_bytes is None:
+            lines.append("bits per byte is not available: nothing says how many bytes the held-out text has")
+    return lines
+
+
 def _print_facts(
     recipe: Recipe,
     folder: RunFolder,
     facts: dict[str, Any],
     backend: Backend,
     progress: Progress,
-    held_out: HeldOutBatches | None,
+    data: TrainingData,
 ) -> None:
     print_fact("run", str(folder.path) + (f", resumed at step {progress.step:,}" if progress.draw else ""))
     print_fact("model", f"{recipe.model.block}, {facts['parameters']['total']:,} parameters")
-    counted = "nothing held out" if held_out is None else f"{held_out.num_targets:,} tokens held out"
-    print_fact("data", f"{recipe.data.shards}, rows of {recipe.data.row_tokens}, {counted}")
+    for line in describe_data(recipe, data):
+        print_fact("data", line)
     processes = "1 process" if facts["num_processes"] == 1 else f"{facts['num_processes']} processes"
     print_fact(
         "training",

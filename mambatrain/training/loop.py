@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mambatrain.data.batches import IGNORED_TARGET, HeldOutBatches, MicroBatch, TrainingOrder
+from mambatrain.data.batches import IGNORED_TARGET, HeldOutBatches, MicroBatch
+from mambatrain.data.training_order import TrainingOrder
 from mambatrain.devices import peak_memory_bytes
 from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
 from mambatrain.files import explaining_full_disk
@@ -154,7 +155,7 @@ def evaluate_held_out(run: TrainingRun) -> bool:
     accelerator, progress = run.accelerator, run.progress
     share = run.held_out.micro_batches(run.micro_batch_rows, accelerator.process_index, accelerator.num_processes)
     with accelerator.autocast():
-        own = measure_held_out(run.objective.model, (batch.to(accelerator.device) for batch in share), 0)
+        own = measure_held_out(run.objective.model, (batch.to(accelerator.device) for batch in share), None)
     nats, num_targets = sum_over_ranks(run, torch.tensor([own.nats, own.num_targets], dtype=torch.float64)).tolist()
     loss = HeldOutLoss(nats, int(num_targets), run.held_out.num_bytes)
     run.progress.log_lines += 1
@@ -165,7 +166,7 @@ def evaluate_held_out(run: TrainingRun) -> bool:
             "draw": progress.draw,
             "tokens_seen": progress.tokens_seen,
             "held_out_loss": finite_or_none(loss.nats_per_token),
-            "held_out_bits_per_byte": finite_or_none(loss.bits_per_byte),
+            "held_out_bits_per_byte": None if loss.bits_per_byte is None else finite_or_none(loss.bits_per_byte),
             "held_out_tokens": loss.num_targets,
         }
     )
@@ -210,6 +211,9 @@ def write_draw(run: TrainingRun, draw: Draw, fault: str | None, learning_rate: f
         "data_seconds": draw.data_seconds,
         "memory_bytes": peak_memory_bytes(run.accelerator.device),
     }
+    if len(run.order.names) > 1:
+        line["source_epochs"] = run.order.drawn_until(progress.draw)
+        line["source_rows"] = run.order.rows_by_source(progress.draw - 1)
     if fault is not None:
         line["reason"] = fault
         run.reporter.say(f"draw {progress.draw - 1} was skipped: {fault}")

@@ -53,11 +53,13 @@ class LiveLine:
             self._console.print(f"step {step:,}/{self._total_steps:,}  {text}  {left:,.0f} s left", soft_wrap=True)
 
     def show_held_out(self, step: int, bits_per_byte: float | None, nats_per_token: float | None) -> None:
-        if bits_per_byte is None or nats_per_token is None:
+        if nats_per_token is None:
             self.say(f"step {step:,}: the held-out loss is not finite")
             return
-        self._held_out = f"held out {bits_per_byte:.3f} bits/byte  "
-        self.say(f"step {step:,}: held out {nats_per_token:.4f} nats/token, {bits_per_byte:.4f} bits/byte")
+        per_byte = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits/byte"
+        short = f"{nats_per_token:.3f} nats/token" if bits_per_byte is None else f"{bits_per_byte:.3f} bits/byte"
+        self._held_out = f"held out {short}  "
+        self.say(f"step {step:,}: held out {nats_per_token:.4f} nats/token{per_byte}")
 
     def say(self, text: str) -> None:
         if not self._quiet:

@@ -32,6 +32,13 @@ def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, num_process
             f"{recipe.rows_per_step} rows a step do not divide into {num_processes} processes",
             "--set training.rows_per_step to a multiple, or start another number of processes",
         )
+    for stage in recipe.stages:
+        if stage.rows_per_step % num_processes:
+            raise UserError(
+                f"{stage.rows_per_step} rows of {stage.row_tokens} tokens a step, from step {stage.first_draw + 1:,} "
+                f"on, do not divide into {num_processes} processes",
+                "--set training.tokens_per_step to a multiple, or start another number of processes",
+            )
     if not fresh:
         facts = read_facts(folder)
         return Resolved(facts["precision"], min(rows, int(facts["micro_batch_rows"])))

@@ -66,7 +66,7 @@ def run_training(
         if is_main:
             if checkpoint is not None:
                 refuse_changed_origin(folder, parts.data.digest, weights)
-            _prepare_folder(recipe, folder, checkpoint, damaged)
+            _prepare_folder(recipe, folder, checkpoint, damaged, parts.data.tokenizer_file)
         accelerator.wait_for_everyone()
         run = assemble(recipe, folder, where, parts, checkpoint)
         stopped = False
@@ -109,7 +109,9 @@ def refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
         )
 
 
-def _prepare_folder(recipe: Recipe, folder: RunFolder, checkpoint: Path | None, damaged: list[str]) -> None:
+def _prepare_folder(
+    recipe: Recipe, folder: RunFolder, checkpoint: Path | None, damaged: list[str], tokenizer: Path | None
+) -> None:
     """Brings the folder to the moment of the checkpoint, or to the beginning."""
     for damage in damaged:
         print_fact("warning", f"{damage}; an older checkpoint is used")
@@ -119,8 +121,7 @@ def _prepare_folder(recipe: Recipe, folder: RunFolder, checkpoint: Path | None, 
             set_newer_aside(folder.path, checkpoint)
         write_text_whole(folder.recipe_file, write_recipe(recipe))  # first: it says that the other files are a run's
         cut_log(folder.log_file, 0 if checkpoint is None else read_progress(checkpoint).log_lines)
-        tokenizer = Path(recipe.data.shards) / "tokenizer.json"
-        if tokenizer.is_file() and checkpoint is None:
+        if tokenizer is not None and checkpoint is None:
             write_text_whole(folder.tokenizer_file, tokenizer.read_text(encoding="utf-8"))
 
 

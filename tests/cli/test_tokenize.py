@@ -182,7 +182,7 @@ def test_stopped_at_any_moment_there_is_a_whole_folder_or_none(tokenizer: Path, 
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (no threads here)
     )
-    while not (tmp_path / ".o.partial" / "in_source_order.bin").exists():
+    while not (tmp_path / ".o.work" / "tokens").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(stop)
@@ -191,7 +191,8 @@ def test_stopped_at_any_moment_there_is_a_whole_folder_or_none(tokenizer: Path, 
     assert (stdout, "Traceback" in stderr) == ("", False)
     if stop == signal.SIGINT:
         assert process.returncode == 130
-        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".o")]
+        assert stderr.endswith("the same command continues where this one was stopped\nstopped\n")
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".o")] == [".o.work"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".o")]

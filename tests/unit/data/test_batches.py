@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mambatrain.data.batches import IGNORED_TARGET, HeldOutBatches, MicroBatch, TrainingOrder, Windows
+from mambatrain.data.batches import IGNORED_TARGET, HeldOutBatches, Span, Windows, read_rows
 from mambatrain.data.token_shards import TokenShard, TokenShardWriter
+from mambatrain.errors import UserError
 
 END = 0
 
@@ -57,33 +58,6 @@ def test_an_end_token_inside_a_document_is_no_boundary(tmp_path: Path) -> None:
     assert batch.boundaries.tolist() == [[True, False, False, False]]
 
 
-def test_every_epoch_shows_every_window_once_in_its_own_order(tmp_path: Path) -> None:
-    order = TrainingOrder(Windows(write_shard(tmp_path, [7] * 30), 8), rows_per_step=3, seed=1)
-    size = order.windows.num_windows
-    drawn = np.concatenate([order.windows_of(draw) for draw in range(size)])  # three epochs
-    epochs = drawn.reshape(3, size)
-    assert (np.sort(epochs, axis=1) == np.arange(size)).all()
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 6])
-@pytest.mark.parametrize("micro_batch_rows", [1, 2, 4])
-def test_ranks_and_micro_batches_split_a_draw_without_changing_it(
-    tmp_path: Path, num_ranks: int, micro_batch_rows: int
-) -> None:
-    order = TrainingOrder(Windows(write_shard(tmp_path, [5, 9, 2, 11, 30, 8]), 6), rows_per_step=6, seed=3)
-    whole = order.windows.rows(order.windows_of(4))
-    parts = [part for rank in range(num_ranks) for part in order.micro_batches(4, micro_batch_rows, rank, num_ranks)]
-    for field in MicroBatch._fields:
-        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field))
-
-
-def test_rows_that_do_not_divide_into_ranks_are_refused(tmp_path: Path) -> None:
-    order = TrainingOrder(Windows(write_shard(tmp_path, [50]), 4), rows_per_step=4, seed=0)
-    with pytest.raises(ValueError, match="4 rows do not divide into 3 ranks"):
-        order.micro_batches(0, 1, 0, 3)
-
-
 def test_held_out_takes_whole_documents_and_their_bytes(tmp_path: Path) -> None:
     shard = write_shard(tmp_path, [4, 6, 9])  # ends at tokens 1, 6, 13, 23
     sizes = np.array([0, 40, 60, 90])
@@ -111,3 +85,66 @@ def test_ranks_share_the_held_out_windows(tmp_path: Path, num_ranks: int) -> Non
     assert sorted(token for row in seen for token in row if token != IGNORED_TARGET) == sorted(
         shard.tokens(1, shard.num_tokens).tolist()
     )
+
+
+def write_unmarked(folder: Path, lengths: list[int]) -> TokenShard:
+    """Documents of distinct ids (1, 2, 3, ...) one behind the other, without end tokens."""
+    with TokenShardWriter(folder / "u", np.dtype("<i4")) as writer:
+        next_id = 1
+        for length in lengths:
+            writer.append(np.arange(next_id, next_id + length))
+            next_id += length
+    shard = TokenShard(folder / "u")
+    shard.ends_marked = False
+    return shard
+
+
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12), row_tokens=st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_without_end_tokens_a_document_starts_at_its_first_token_which_is_no_target(
+    folder: Path, lengths: list[int], row_tokens: int
+) -> None:
+    shard = write_unmarked(folder, lengths)
+    windows = Windows(shard, row_tokens)
+    batch = windows.rows(np.arange(windows.num_windows))
+    firsts = {int(shard.document(index)[0]) for index, length in enumerate(lengths) if length}
+    targets = batch.targets[batch.targets != IGNORED_TARGET].tolist()
+    assert targets == [token for token in range(2, sum(lengths) + 1) if token not in firsts]
+    assert windows.num_targets == len(targets)
+    real = batch.tokens > 0
+    expected = [token in firsts for token in batch.tokens[real].tolist()]
+    assert batch.boundaries[real].tolist() == expected
+    assert not batch.boundaries[~real].any()
+
+
+def test_held_out_documents_of_a_pair_have_no_bytes(tmp_path: Path) -> None:
+    held_out = HeldOutBatches(write_unmarked(tmp_path, [4, 6, 9]), None, row_tokens=5, max_tokens=12)
+    assert (held_out.num_documents, held_out.num_bytes, held_out.num_targets) == (2, None, 8)
+    batches = list(held_out.micro_batches(rows=2))
+    assert sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches) == 8
+    one = HeldOutBatches(write_unmarked(tmp_path, [40, 6]), None, row_tokens=5, max_tokens=10)
+    assert (one.num_documents, one.num_targets) == (1, 39)
+
+
+def test_a_document_that_does_not_end_as_the_others_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path, [3, 3, 3])
+    shard.end_id = END
+    assert Windows(shard, 100).rows(np.array([0])).boundaries.sum() == 3
+    ids = np.fromfile(tmp_path / "s.bin", dtype="<i4")
+    ids[8] = 7  # the end of document 2
+    ids.tofile(tmp_path / "s.bin")
+    shard = TokenShard(tmp_path / "s")
+    shard.end_id = END
+    assert Windows(shard, 4).rows(np.array([0])).tokens.tolist() == [[END, 1, 2, 3]]
+    with pytest.raises(UserError, match=r"s\.bin, document 2 ends in id 7, not in the end token 0"):
+        Windows(shard, 4).rows(np.array([2]))
+
+
+def test_spans_of_a_row_do_not_see_each_other(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path, [2, 5])  # END 1 2 END 3 4 5 6 7 END
+    row = read_rows([(shard, [Span(5, 2), Span(0, 3)])], 7)
+    assert row.tokens.tolist() == [[4, 5, END, 1, 2, 0, 0]]
+    assert row.targets.tolist() == [[5, 6, 1, 2, END, IGNORED_TARGET, IGNORED_TARGET]]
+    assert row.boundaries.tolist() == [[False, False, True, False, False, False, False]]
+    within = read_rows([(shard, [Span(0, 1), Span(5, 2)])], 3)
+    assert within.boundaries.tolist() == [[True, True, False]]  # the rest of a long document is a span of its own

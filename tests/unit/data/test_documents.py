@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 
 from mambatrain.data.documents import MAX_BAD_NAMED, DocumentReader
 from mambatrain.data.sources import find_sources
+from mambatrain.data.text_fields import TextFields
 from mambatrain.errors import UserError
 
 NOT_UTF8 = "caf\xe9".encode("latin-1")
 
 
 def reader_of(*files: Path, text_field: str = "text", skip_bad: bool = False) -> DocumentReader:
-    return DocumentReader(find_sources(files).files, text_field, skip_bad)
+    return DocumentReader(find_sources(files).files, TextFields(text_field), skip_bad)
 
 
 def texts(*files: Path, **options: Any) -> list[str]:
@@ -42,6 +44,15 @@ def save_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
     return path
 
 
+def arrow_stream(columns: dict[str, Any]) -> bytes:
+    import pyarrow as pa
+
+    table, sink = pa.table(columns), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
 def lines(*rows: Any) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
@@ -58,6 +69,71 @@ def test_json_lines_keep_their_text_and_tell_their_line(tmp_path: Path) -> None:
         documents = list(reader_of(file))
         assert [document.text for document in documents] == ["a\r\nb", "\u2028", ""]
         assert [document.origin for document in documents] == [f"{file}:{line}" for line in (1, 4, 5)]
+
+
+def packed_zstd(content: bytes) -> bytes:
+    if sys.version_info >= (3, 14):
+        from compression.zstd import compress
+    else:
+        from backports.zstd import compress
+    return compress(content)
+
+
+def test_packed_text_is_read_as_it_is_and_several_frames_to_their_end(tmp_path: Path) -> None:
+    rows = [f"row {row} é" for row in range(5000)]
+    content = lines(*({"text": row} for row in rows))
+    cut = content.index(b"\n", len(content) // 2) + 1
+    frames = packed_zstd(content[:cut]) + packed_zstd(content[cut:])
+    assert texts(save(tmp_path / "a.jsonl.zst", frames)) == rows
+    assert texts(save(tmp_path / "a.json.gz", gzip.compress(json.dumps([{"text": "x"}]).encode()))) == ["x"]
+    for name, packed in (("b.txt.zst", packed_zstd(b"one\r\ntwo")), ("b.md.gz", gzip.compress(b"one\r\ntwo"))):
+        assert texts(save(tmp_path / name, packed)) == ["one\r\ntwo"]
+
+
+def test_json_and_arrow_files_tell_their_places(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    file = save(tmp_path / "a.json", b'[{"text": "one"},\n{"text": "two"}]')
+    assert [(document.text, document.origin) for document in reader_of(file)] == [
+        ("one", f"{file}:1"),
+        ("two", f"{file}:2"),
+    ]
+    wanted = [f"row {row} é" for row in range(700)]
+    table = pa.table({"n": list(range(700)), "text": wanted})
+    for name, opener in (("file.arrow", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        with opener(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table, max_chunksize=300)
+        documents = list(reader_of(tmp_path / name))
+        assert [document.text for document in documents] == wanted
+        assert documents[-1].origin == f"{tmp_path / name}:700"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "a.arrow", "a.txt"])
+def test_reading_goes_on_from_every_place(tmp_path: Path, name: str) -> None:
+    import pyarrow as pa
+
+    rows = [{"text": f"row {row}"} for row in range(5)]
+    content = lines(rows[0], rows[1]) + b"\n no \n" + lines(*rows[2:])
+    if name == "a.parquet":
+        save_parquet(tmp_path / name, {"text": [None if n == 3 else f"row {n}" for n in range(6)]}, row_group_size=2)
+    elif name == "a.arrow":
+        table = pa.table({"text": [None if n == 3 else f"row {n}" for n in range(6)]})
+        with pa.ipc.new_stream(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    else:
+        packed = {".gz": gzip.compress, ".zst": packed_zstd}.get(Path(name).suffix, bytes)
+        listed = json.dumps([*rows[:2], 3, *rows[2:]]).encode()
+        save(tmp_path / name, packed(listed if name == "a.json" else content))
+    last = save(tmp_path / "z.txt", b"last")
+    files = find_sources([tmp_path / name, last]).files
+    reader = DocumentReader(files, skip_bad=True)
+    seen = [(document, reader.place, reader.num_bad) for document in reader]
+    assert len(seen) == (2 if name == "a.txt" else 6)
+    for number, (_, place, num_bad) in enumerate(seen):
+        rest = DocumentReader(files, skip_bad=True, start=place)
+        assert list(rest) == [document for document, _, _ in seen[number + 1 :]]
+        assert rest.num_bad + num_bad == reader.num_bad
+        assert (rest.bytes_read, rest.place) == (reader.bytes_read, reader.place)
 
 
 def test_gzip_of_several_members_is_read_to_its_end(tmp_path: Path) -> None:
@@ -150,17 +226,26 @@ def test_the_first_bad_documents_are_named_and_all_are_counted(tmp_path: Path) -
 def test_a_damaged_file_stops_even_when_bad_documents_are_left_out(tmp_path: Path) -> None:
     packed = gzip.compress(lines(*({"text": f"row {row}"} for row in range(5000))))
     parquet = save_parquet(tmp_path / "whole.parquet", {"text": ["some words"] * 100}).read_bytes()
+    zstd = packed_zstd(lines(*({"text": f"row {row} {row * row}"} for row in range(5000))))
+    arrow = arrow_stream({"text": ["some words"] * 100})
     flipped = packed[: len(packed) // 2] + bytes([packed[len(packed) // 2] ^ 0xFF]) + packed[len(packed) // 2 + 1 :]
     for name, content, message in (
         ("cut.jsonl.gz", packed[:-2000], "is truncated after line"),
         ("end.jsonl.gz", packed[:-4], "is truncated after line"),
         ("flip.jsonl.gz", flipped, "after line|is not JSON|not UTF-8"),
-        ("crc.jsonl.gz", packed[:-8] + b"\0" * 8, "is damaged after line 5000"),
+        ("crc.jsonl.gz", packed[:-8] + b"\0" * 8, "is damaged after line 4"),
         ("plain.jsonl.gz", lines({"text": "x"}), "is damaged after line 0: Not a gzipped file"),
         ("none.jsonl.gz", b"", "is empty, not a gzip file"),
         ("cut.parquet", parquet[:-100], "is damaged or not parquet"),
         ("head.parquet", parquet[:20], "is damaged or not parquet"),
         ("none.parquet", b"", "is damaged or not parquet"),
+        ("cut.jsonl.zst", zstd[:-2000], "is truncated after line"),
+        ("end.jsonl.zst", zstd[:-1], "is truncated after line"),
+        ("plain.jsonl.zst", lines({"text": "x"}), "is damaged after line 0: "),
+        ("none.jsonl.zst", b"", "is empty, not a zstd file"),
+        ("cut.txt.gz", packed[:-2000], "is truncated$"),
+        ("cut.arrow", arrow[: len(arrow) // 2], "is damaged or not arrow"),
+        ("none.arrow", b"", "is damaged or not arrow"),
     ):
         file = save(tmp_path / name, content)
         if name != "flip.jsonl.gz":

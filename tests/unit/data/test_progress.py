@@ -57,7 +57,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("done", "seconds", "line"),
     [
-        (0, 0.0, "x: 0.0 of 50.0 MB, 0.0 MB/s, 0:00 left"),
+        (0, 0.0, "x: 0.0 of 50.0 MB"),
         (50_000_000, 4.0, "x: 50.0 of 50.0 MB, 12.5 MB/s, 0:00 left"),
         (10_000, 36.0, "x: 0.0 of 50.0 MB, 0.0 MB/s, 49:59:24 left"),
     ],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mambatrain.data.sources import check_unchanged, find_sources, kind_of
+from mambatrain.data.sources import check_unchanged, described_file, find_sources, kind_of
 from mambatrain.errors import UserError
 
 
@@ -33,11 +33,15 @@ def test_named_sources_keep_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("x.txt", "text"), ("x.md", "text"), ("x.py", "python"), ("x.jsonl", "json lines"), ("x.parquet", "parquet"),
-     ("x.jsonl.gz", "gzipped json lines"), ("x.txt.gz", None), ("x.json", None), ("txt", None)],
+    [("x.txt", "text"), ("x.md", "text"), ("x.py", "python"), ("x.cpp", "text"), ("x.jsonl", "json lines"),
+     ("x.ndjson", "json lines"), ("x.json", "json"), ("x.parquet", "parquet"), ("x.arrow", "arrow"),
+     ("x.jsonl.gz", "gzipped json lines"), ("x.JSONL.ZST", "zstd json lines"), ("x.txt.zst", "zstd text"),
+     ("x.txt.gz", "gzipped text"), ("x.json.gz", "gzipped json"), ("x.y.txt", "text"), ("x.parquet.gz", None),
+     ("x.py.gz", None), ("x.gz", None), ("x.csv", None), ("txt", None), ("x.txt.gz.zst", None)],
 )  # fmt: skip
-def test_the_ending_tells_the_kind(name: str, kind: str | None) -> None:
-    assert kind_of(Path(name)) == kind
+def test_the_ending_tells_the_kind(tmp_path: Path, name: str, kind: str | None) -> None:
+    found = kind_of(Path(name))
+    assert (None if found is None else described_file(tmp_path, *found).kind_name) == kind
 
 
 def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path: Path) -> None:
@@ -51,7 +55,7 @@ def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path: Path) -> N
     assert caught.value.hint == f"there is no folder {tmp_path / 'nowhere'} either"
 
 
-@pytest.mark.parametrize(("name", "told"), [("x.json", "a .json file becomes"), ("x.csv", ".parquet"), ("x", ".txt")])
+@pytest.mark.parametrize(("name", "told"), [("x.csv", ".parquet"), ("x", ".txt"), ("x.parquet.gz", ".parquet")])
 def test_an_unknown_ending_is_refused(tmp_path: Path, name: str, told: str) -> None:
     write(tmp_path, name)
     with pytest.raises(UserError, match="is not known") as caught:
@@ -74,6 +78,27 @@ def test_a_folder_without_text_and_no_source_at_all_are_refused(tmp_path: Path) 
         find_sources([tmp_path])
     with pytest.raises(UserError, match="no source is named"):
         find_sources([])
+
+
+def test_a_pattern_stands_for_the_files_that_fit(tmp_path: Path) -> None:
+    write(tmp_path, "b.jsonl", "a.jsonl", "a.csv", "settings.json", "deep/er/c.jsonl", "deep/d.txt", "odd[1].txt")
+    found = find_sources([str(tmp_path / "*.jsonl"), str(tmp_path / "deep" / "**" / "*.jsonl")])
+    assert [file.path.name for file in found.files] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    found = find_sources([str(tmp_path / "?.*")])
+    assert [file.path.name for file in found.files] == ["a.jsonl", "b.jsonl"]
+    assert [path.name for path in found.unread] == ["a.csv"]
+    assert [file.path.name for file in find_sources([str(tmp_path / "*.json")]).files] == ["settings.json"]
+    assert [file.path.name for file in find_sources([tmp_path / "odd[1].txt"]).files] == ["odd[1].txt"]
+    for pattern in ("*.md", "*.csv"):
+        with pytest.raises(UserError, match="fits no file of text"):
+            find_sources([str(tmp_path / pattern)])
+
+
+def test_json_files_of_a_folder_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "a.jsonl.manifest.json")
+    found = find_sources([tmp_path])
+    assert [file.path.name for file in found.files] == ["a.jsonl"]
+    assert [path.name for path in found.unread] == ["a.jsonl.manifest.json"]
 
 
 def test_a_stream_is_refused(tmp_path: Path) -> None:

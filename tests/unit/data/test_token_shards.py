@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,26 @@ def test_a_document_longer_than_the_format_holds_is_refused(tmp_path: Path) -> N
         with pytest.raises(UserError, match=r"2,147,483,648 tokens, more than the 2,147,483,647"):
             writer.append(np.zeros(1, dtype=np.int64).view(Long))
         assert writer.num_documents == 0
+
+
+def mapped_bytes() -> int:
+    """Pages of files that this process has in memory."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"RssFile:\s+(\d+) kB", status)[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is told by Linux alone")
+def test_a_pass_over_a_large_shard_takes_no_memory(tmp_path: Path) -> None:
+    num_documents, length = 4096, 65_536  # half a gigabyte of zeros, which take no room on the disk
+    with (tmp_path / "s.bin").open("wb") as file:
+        file.truncate(num_documents * length * 2)
+    (tmp_path / "s.idx").write_bytes(megatron_index(8, [length] * num_documents, 2, list(range(num_documents + 1))))
+    shard = TokenShard(tmp_path / "s", vocab_size=10)
+    view = shard.tokens(0, 4)
+    before = mapped_bytes()
+    for index in range(num_documents):
+        assert not shard.document(index).any()
+        assert index % 256 or mapped_bytes() - before < 150e6
+    assert not shard.last_ids(np.arange(num_documents)).any()
+    assert mapped_bytes() - before < 150e6
+    assert view.tolist() == [0, 0, 0, 0]  # still there to be read

@@ -5,18 +5,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mambatrain.data import shuffle_documents, token_spool
 from mambatrain.data import tokenize_corpus as module
 from mambatrain.data.manifest import TokenizeOptions
 from mambatrain.data.token_corpus import DATA_FILES, open_token_corpus
 from mambatrain.data.token_shards import TokenShardWriter
-from mambatrain.data.tokenize_corpus import tokenize_corpus
-from mambatrain.data.tokenizer import LoadedTokenizer
+from mambatrain.data.token_spool import TokenSpool
+from mambatrain.data.tokenize_corpus import HowToRead, tokenize_corpus
 from mambatrain.errors import UserError
 
 TEXTS = [f"document {number} says {'several ' * (number % 7)}\n lines" for number in range(60)]
@@ -115,31 +115,76 @@ def test_a_link_is_kept_and_its_folder_replaced(source: Path, byte_tokenizer: Pa
     assert open_token_corpus(tmp_path / "disk" / "tokens").manifest.options.seed == 1
 
 
-@pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseException]]:
-    """An error that comes up while documents are encoded, after the first batch."""
-    errors: list[BaseException] = []
-    encode = LoadedTokenizer.encode_batch
-    calls = []
+def interrupt_after(num_batches: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes the spool raise behind some batches, each of which is in its journal; counts those that were added."""
+    added: list[int] = []
+    add = TokenSpool.add
 
-    def encode_once(self: LoadedTokenizer, texts: list[str]) -> Any:
-        calls.append(texts)
-        if len(calls) > 1:
-            raise errors[0]
-        return encode(self, texts)
+    def add_then_stop(self: TokenSpool, batch: Any) -> None:
+        if len(added) == num_batches:
+            raise error
+        add(self, batch)
+        added.append(len(batch.documents))
 
-    monkeypatch.setattr(LoadedTokenizer, "encode_batch", encode_once)
-    yield errors
-    assert len(calls) == 2
+    monkeypatch.setattr(token_spool, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(TokenSpool, "add", add_then_stop)
+    return added
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
-def test_nothing_is_left_of_what_was_interrupted(
-    source: Path, byte_tokenizer: Path, tmp_path: Path, interrupted: list[BaseException], error: BaseException
+def test_what_was_interrupted_is_continued_and_the_bytes_are_the_same(
+    source: Path, byte_tokenizer: Path, tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted.append(error)
-    with pytest.raises(type(error)):
-        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), batch_characters=100)
+    how = HowToRead(num_workers=2, batch_characters=100)
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "whole", TokenizeOptions())
+    with monkeypatch.context() as patch:
+        first = interrupt_after(7, error, patch)
+        with pytest.raises(type(error)):
+            tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), how=how)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".out.work", "corpus.jsonl", "whole"]
+    with monkeypatch.context() as patch:
+        second = interrupt_after(10**9, error, patch)
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), how=how)
+    assert sum(first) + sum(second) == len(TEXTS)
+    assert sum(first) > 6
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl", "out", "whole"]
+
+
+@pytest.mark.parametrize("change", ["options", "sources", "tokenizer", "journal", "tokens"])
+def test_what_was_begun_from_something_else_is_not_continued(
+    source: Path, byte_tokenizer: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = HowToRead(batch_characters=100)
+    with monkeypatch.context() as patch:
+        interrupt_after(7, KeyboardInterrupt(), patch)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), how=how)
+    options, tokenizer = TokenizeOptions(seed=1 if change == "options" else 0), byte_tokenizer
+    if change == "sources":
+        write_source(source, [*TEXTS[1:], "more"])
+    elif change == "tokenizer":
+        tokenizer = tmp_path / "loud.json"
+        tokenizer.write_bytes(byte_tokenizer.read_bytes() + b"\n")
+    elif change == "journal":
+        (tmp_path / ".out.work" / "journal.json").write_text("{", encoding="utf-8")
+    elif change == "tokens":
+        (tmp_path / ".out.work" / "tokens").write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        added = interrupt_after(10**9, KeyboardInterrupt(), patch)
+        done = tokenize_corpus([source], tokenizer, tmp_path / "out", options, how=how)
+    assert sum(added) == len(TEXTS)
+    tokenize_corpus([source], tokenizer, tmp_path / "whole", options)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    assert not done.reused
+
+
+def test_a_mistake_of_the_user_leaves_nothing_to_continue(byte_tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text('{"text": "fine"}\n' * 500 + "no\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"corpus\.jsonl:501 is not JSON"):
+        how = HowToRead(batch_characters=10)
+        tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), how=how)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl"]
 
 
@@ -147,7 +192,7 @@ def test_what_a_killed_process_left_is_cleared_away(source: Path, byte_tokenizer
     partial = tmp_path / ".out.partial"
     (partial / "folder").mkdir(parents=True)
     (tmp_path / ".out.lock").touch()
-    (partial / "in_source_order.bin").write_bytes(b"half")
+    (partial / "train.bin").write_bytes(b"half")
     tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
     assert {file.name for file in (tmp_path / "out").iterdir()} == {*DATA_FILES, "manifest.json"}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
@@ -158,6 +203,7 @@ def test_a_folder_that_another_process_writes_is_refused(source: Path, byte_toke
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="out is being written by another process"):
             tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
+        assert not (tmp_path / ".out.work").exists()
         assert (tmp_path / ".out.lock").exists()
         assert not (tmp_path / ".out.partial").exists()
     tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
@@ -167,7 +213,9 @@ def test_a_full_disk_is_told_and_nothing_is_left(
     source: Path, byte_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full.bin").symlink_to("/dev/full")
-    monkeypatch.setattr(module, "TokenShardWriter", lambda prefix, dtype: TokenShardWriter(tmp_path / "full", dtype))
+    monkeypatch.setattr(
+        shuffle_documents, "TokenShardWriter", lambda prefix, dtype: TokenShardWriter(tmp_path / "full", dtype)
+    )
     with pytest.raises(UserError, match="out cannot be written: no space left on device") as caught:
         tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
     assert caught.value.hint == "nothing was kept of it; make room and run again"

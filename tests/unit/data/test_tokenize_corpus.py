@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambatrain.data.manifest import TokenizeOptions
+from mambatrain.data.shuffle_documents import num_held_out
 from mambatrain.data.token_corpus import DATA_FILES, TokenCorpus, verify_token_corpus
-from mambatrain.data.tokenize_corpus import num_held_out, tokenize_corpus
+from mambatrain.data.tokenize_corpus import HowToRead, tokenize_corpus
 from mambatrain.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mambatrain.errors import UserError
 
@@ -76,15 +77,15 @@ def test_every_document_comes_back_once_and_the_last_of_the_order_are_held_out(
 
 
 @settings(max_examples=15)
-@given(batch_characters=st.integers(1, 5000))
-def test_the_bytes_do_not_depend_on_the_batch(
-    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path, batch_characters: int
+@given(how=st.builds(HowToRead, num_workers=st.integers(1, 4), batch_characters=st.integers(1, 5000)))
+def test_the_bytes_do_not_depend_on_batches_and_threads(
+    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path, how: HowToRead
 ) -> None:
     folder = tmp_path_factory.mktemp("batches")
     source = write_source(folder / "corpus.jsonl", TEXTS)
     options = TokenizeOptions(held_out=0.05, seed=3)
     tokenize_corpus([source], byte_tokenizer, folder / "one", options)
-    tokenize_corpus([source], byte_tokenizer, folder / "other", options, batch_characters=batch_characters)
+    tokenize_corpus([source], byte_tokenizer, folder / "other", options, how=how)
     assert snapshot(folder / "one") == snapshot(folder / "other")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mambatrain.data import tokenizer as module
-from mambatrain.data.tokenizer import END_OF_DOCUMENT_NAMES, cut_at_newlines, encode_alike, load_tokenizer
+from mambatrain.data.tokenizer import END_OF_DOCUMENT_NAMES, encode_alike, load_tokenizer
 from mambatrain.errors import UserError
 
 TOKENIZERS = Path(__file__).resolve().parents[4] / "shared" / "data" / "tokenizers"
@@ -94,20 +94,6 @@ def test_neox_gives_the_golden_tokens() -> None:
     assert len(golden) > 40
 
 
-@given(text=TEXTS, size=st.integers(1, 8))
-def test_pieces_join_to_the_text_and_begin_with_a_newline(text: str, size: int) -> None:
-    pieces = cut_at_newlines(text, size)
-    assert "".join(pieces) == text
-    assert all(piece.startswith("\n") for piece in pieces[1:])
-    assert all(len(piece) >= size and not piece[-1].isspace() for piece in pieces[:-1])
-
-
-def test_a_long_text_is_cut_into_pieces_of_the_size_asked_for() -> None:
-    pieces = cut_at_newlines("word\n" * 1000, 100)
-    assert len(pieces) == 50
-    assert cut_at_newlines("no line ends " * 100, 10) == ["no line ends " * 100]
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -131,6 +117,7 @@ def test_other_tokenizers_encode_a_document_whole(
 ) -> None:
     file = changed(byte_tokenizer, tmp_path / "other.json", change)
     loaded = load_tokenizer(file)
+    assert loaded.cut is None
     assert not loaded.cuts_at_newlines
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 1)
     text = "the tag\n end\nof the\n\nmat \n"

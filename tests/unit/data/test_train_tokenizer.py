@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 
 from mambatrain.data import train_tokenizer as module
 from mambatrain.data.manifest import TokenizerSettings
-from mambatrain.data.tokenizer import cut_at_newlines, load_tokenizer
+from mambatrain.data.pretokenizers import cut_of, cut_text
+from mambatrain.data.tokenizer import load_tokenizer
 from mambatrain.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 from mambatrain.errors import UserError
 
@@ -60,9 +61,9 @@ def test_bytes_per_token_are_those_of_documents_that_were_held_out(
     trained_on: list[str] = []
     original = module._train
 
-    def spy(texts: list[str], vocab_size: int) -> Tokenizer:
+    def spy(texts: list[str], settings: TokenizerSettings) -> Tokenizer:
         trained_on.extend(texts)
-        return original(texts, vocab_size)
+        return original(texts, settings)
 
     monkeypatch.setattr(module, "_train", spy)
     manifest = train(source, tmp_path / "t.json").manifest
@@ -95,7 +96,7 @@ def _any_tokenizer() -> Tokenizer:
 def test_a_long_document_is_drawn_in_passages(tmp_path: Path) -> None:
     text = "".join(TEXTS) * 4
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
-    passages = [len(passage.encode()) for passage in cut_at_newlines(text, module.PASSAGE_CHARACTERS)]
+    passages = [len(passage.encode()) for passage in cut_text(text, module.PASSAGE_CHARACTERS, cut_of("gpt-2"))]
     assert len(passages) == 4
     manifest = train(tmp_path / "long.txt", tmp_path / "t.json", sample_bytes=140_000).manifest
     assert manifest.held_out
