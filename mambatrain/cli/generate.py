@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mambatrain.cli.open_model import EndOption, TokenizerOption, WeightsArgument
-from mambatrain.cli.plain_help import within
+from mambatrain.cli.sampling_options import (
+    MinPOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    sampling_settings,
+)
+from mambatrain.cli.state import StateOption
 from mambatrain.cli.train import Device, DeviceOption, Kernels, KernelsOption
 
 if TYPE_CHECKING:
-    from mambatrain.cli.open_model import OpenModel
     from mambatrain.data.tokenizer import LoadedTokenizer
+    from mambatrain.generation.reading import Reader
     from mambatrain.generation.sampling import SamplingSettings
 
 
@@ -30,53 +37,15 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Stop after this many.")
     ] = 200,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature",
-            metavar="T",
-            help="0 always takes the likeliest token.",
-            callback=within(lambda value: 0.0 <= value < math.inf, "0 or more"),
-        ),
-    ] = 0.8,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p",
-            metavar="P",
-            help="Only the likeliest tokens that together reach this probability; 1 is off.",
-            callback=within(lambda value: 0.0 < value <= 1.0, "above 0 and at most 1"),
-        ),
-    ] = 0.95,
-    top_k: Annotated[
-        int, typer.Option("--top-k", min=0, metavar="N", help="Only the N likeliest tokens; 0 is off.")
-    ] = 0,
-    min_p: Annotated[
-        float,
-        typer.Option(
-            "--min-p",
-            metavar="P",
-            help="Only tokens this many times as likely as the likeliest; 0 is off.",
-            callback=within(lambda value: 0.0 <= value <= 1.0, "from 0 to 1"),
-        ),
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float,
-        typer.Option(
-            "--repetition-penalty",
-            metavar="X",
-            help="Above 1: what was said becomes unlikelier; 1 is off.",
-            callback=within(lambda value: 0.0 < value < math.inf, "above 0"),
-        ),
-    ] = 1.0,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed",
-            metavar="N",
-            help="The same seed gives the same text. [default: a new one]",
-            callback=within(lambda seed: 0 <= seed < 2**63, "from 0 to 2^63 - 1"),
-        ),
+    temperature: TemperatureOption = 0.8,
+    top_p: TopPOption = 0.95,
+    top_k: TopKOption = 0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    seed: SeedOption = None,
+    state: StateOption = None,
+    save_state: Annotated[
+        Path | None, typer.Option("--save-state", metavar="FILE", help="Keep the state behind all of the text.")
     ] = None,
     kernels: KernelsOption = Kernels.auto,
     device: DeviceOption = Device.auto,
@@ -87,69 +56,69 @@ def generate(
 
     Example: mambatrain generate demo/run --prompt "def main():" --max-new-tokens 100 --seed 1
     """
-    import secrets
-
-    text = _read_prompt(prompt, prompt_file)
+    text = _read_prompt(prompt, prompt_file, needed=state is None)
     from mambatrain.cli.open_model import open_model, open_tokenizer
-    from mambatrain.generation.sampling import SamplingSettings
+    from mambatrain.cli.state import StoredDtype, open_state
+    from mambatrain.cli.state import save_state as write_state
+    from mambatrain.generation.generate import open_document
+    from mambatrain.generation.reading import Reader
+    from mambatrain.runs.state_file import refuse_to_replace
 
-    settings = SamplingSettings(
-        repetition_penalty=repetition_penalty,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=secrets.randbits(32) if seed is None else seed,
-    )
+    settings = sampling_settings(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    if save_state is not None:
+        refuse_to_replace(save_state)
     opened = open_model(weights, kernels.value, device.value)
     loaded = open_tokenizer(opened, tokenizer, end_of_document)
+    start = open_state(state, opened, loaded)
+    ids = loaded.encode_batch([text])[0].tolist() if text else []
+    reader = Reader(opened.model, loaded.end_of_document_id, None if start is None else start.state)
+    reader.add(ids if start else open_document(ids, loaded.end_of_document_id))
     _show_prompt(text)
-    _write_continuation(opened, loaded, text, max_new_tokens, settings)
+    new = _write_continuation(reader, loaded, ids, max_new_tokens, settings)
+    if save_state is not None:
+        told = (text + new)[:40].replace("\n", " ")
+        told = f"{start.facts.text}, {told}" if start else told
+        write_state(save_state, reader.state(), opened, loaded, told, StoredDtype.fp32)
 
 
 def _write_continuation(
-    opened: OpenModel, loaded: LoadedTokenizer, text: str, max_new_tokens: int, settings: SamplingSettings
-) -> None:
-    """New text to stdout piece by piece, then the facts to stderr."""
+    reader: Reader, loaded: LoadedTokenizer, ids: list[int], max_new_tokens: int, settings: SamplingSettings
+) -> str:
+    """New text to stdout piece by piece, then the facts to stderr; gives the new text."""
     import time
 
     from mambatrain.generation.generate import generate as generate_ids
-    from mambatrain.generation.generate import stream_text
+    from mambatrain.generation.text_stream import stream_text
 
-    start = time.perf_counter()
-    ids = loaded.encode_batch([text])[0].tolist() if text else []
-    num_new = 0
-
-    def count() -> Iterator[int]:
-        nonlocal num_new
-        for token in generate_ids(
-            opened.model,
-            ids,
-            end_of_document=loaded.end_of_document_id,
-            vocab_size=loaded.vocab_size,
-            max_new_tokens=max_new_tokens,
-            settings=settings,
-        ):
-            num_new += 1
-            yield token
-
-    for piece in stream_text(count(), loaded.tokenizer, before=ids):
+    start, num_before, pieces = time.perf_counter(), reader.num_tokens, []
+    new_ids = generate_ids(
+        reader,
+        end_of_document=loaded.end_of_document_id,
+        vocab_size=loaded.vocab_size,
+        max_new_tokens=max_new_tokens,
+        settings=settings,
+    )
+    for piece in stream_text(new_ids, loaded.tokenizer, before=ids):
+        pieces.append(piece)
         print(piece, end="", flush=True)
     print(flush=True)
-    seconds = time.perf_counter() - start
+    seconds, num_new = time.perf_counter() - start, reader.num_tokens - num_before
     ending = "--max-new-tokens reached" if num_new == max_new_tokens else "the document ended"
     typer.echo(
         f"read {len(ids)} and wrote {num_new} tokens in {seconds:.1f} s ({num_new / seconds:.1f} tokens/s), "
         f"seed {settings.seed}; {ending}",
         err=True,
     )
+    return "".join(pieces)
 
 
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
+def _read_prompt(prompt: str | None, file: Path | None, needed: bool) -> str:
     import sys
 
     from mambatrain.errors import UserError
 
+    if prompt is None and file is None and not needed:
+        return ""
     if (prompt is None) == (file is None):
         raise typer.BadParameter(
             'give one of the two; --prompt "" starts a document from nothing',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ class SamplingSettings:
 
 
 def sample(
-    logits: Tensor, settings: SamplingSettings, generator: torch.Generator, previous: Sequence[int], vocab_size: int
+    logits: Tensor, settings: SamplingSettings, generator: torch.Generator, previous: Collection[int], vocab_size: int
 ) -> int:
     """Draws the next id.
 
@@ -70,7 +70,7 @@ def sample(
     return int(torch.multinomial(probabilities(scores, settings), 1, generator=generator))
 
 
-def penalised(scores: Tensor, penalty: float, previous: Sequence[int]) -> Tensor:
+def penalised(scores: Tensor, penalty: float, previous: Collection[int]) -> Tensor:
     """The logits (V,) with those of seen ids moved towards unlikely."""
     if penalty == 1.0 or not previous:
         return scores

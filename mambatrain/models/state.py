@@ -1,7 +1,8 @@
-"""What a block remembers between two calls."""
+"""What a block remembers between two calls, and what a model remembers of a text."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,3 +15,17 @@ class BlockState(NamedTuple):
     """(B, W - 1, D): the last inputs of the convolution, oldest first; 0 before the last boundary."""
     ssm: Tensor
     """(B, E, N) for Mamba-1, (B, H, P, N) for Mamba-2; fp32 (fp64 in an fp64 model)."""
+
+
+@dataclass(frozen=True)
+class TextState:
+    """All that is needed to go on behind a text as if it had just been read. Nothing changes it in place."""
+
+    layers: list[BlockState]
+    """One per layer, B = 1."""
+    hidden: Tensor
+    """(d_model,): the last position behind the last norm; the head makes the next token's logits of it."""
+    num_tokens: int
+    """How many were read; at least 1."""
+    seen_ids: frozenset[int]
+    """Which ids were read: what a repetition penalty is about."""

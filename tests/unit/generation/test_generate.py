@@ -1,18 +1,18 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mambatrain.generation import generate as generate_file
-from mambatrain.generation.generate import generate, read_prompt, stream_text
+from mambatrain.generation import reading
+from mambatrain.generation.generate import generate, open_document
+from mambatrain.generation.reading import Reader
 from mambatrain.generation.sampling import SamplingSettings
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import initialise
+from mambatrain.models.state import BlockState, TextState
 from mambatrain.ops.backends import choose_backend
 from mambatrain.recipe import ModelSection
 
 VOCABULARY, END = 50, 3
+LONG = [END, *torch.randint(4, VOCABULARY, (40,), generator=torch.Generator().manual_seed(0)).tolist()]
 GREEDY = SamplingSettings(temperature=0.0)
 
 
@@ -31,9 +31,19 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 def continuation(
     model: LanguageModel, prompt: list[int], settings: SamplingSettings = GREEDY, num: int = 12, end: int = END
 ) -> list[int]:
-    return list(
-        generate(model, prompt, end_of_document=end, vocab_size=VOCABULARY, max_new_tokens=num, settings=settings)
-    )
+    reader = Reader(model, end)
+    reader.add(open_document(prompt, end))
+    return list(generate(reader, end_of_document=end, vocab_size=VOCABULARY, max_new_tokens=num, settings=settings))
+
+
+def read(model: LanguageModel, tokens: list[int], start: TextState | None = None) -> TextState:
+    reader = Reader(model, END, start)
+    reader.add(tokens)
+    return reader.state()
+
+
+def logits(model: LanguageModel, state: TextState) -> torch.Tensor:
+    return Reader(model, END, state).logits()
 
 
 @torch.no_grad()
@@ -66,23 +76,66 @@ def test_it_ends_with_the_document_and_does_not_show_the_end_token(model: Langua
 
 
 def test_a_prompt_after_an_end_token_reads_nothing_of_what_was_before(model: LanguageModel) -> None:
-    alone, _ = read_prompt(model, [END, 9, 10], END)
-    behind, _ = read_prompt(model, [END, 7, 8, 20, 30, END, 9, 10], END)
+    alone = logits(model, read(model, [END, 9, 10]))
+    behind = logits(model, read(model, [END, 7, 8, 20, 30, END, 9, 10]))
     torch.testing.assert_close(behind, alone, rtol=1e-9, atol=1e-9)
 
 
-def test_a_long_prompt_is_read_in_pieces(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = [END, *torch.randint(0, VOCABULARY, (40,), generator=torch.Generator().manual_seed(0)).tolist()]
-    whole, _ = read_prompt(model, tokens, END)
-    monkeypatch.setattr(generate_file, "PREFILL_TOKENS", 7)
-    pieces, _ = read_prompt(model, tokens, END)
-    torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+def test_without_a_boundary_token_the_end_token_is_one_like_any_other(model: LanguageModel) -> None:
+    tokens = [7, 8, END, 9, 10]
+    reader = Reader(model, None)
+    reader.add(tokens)
+    torch.testing.assert_close(reader.logits(), model(torch.tensor([tokens]))[0][0, -1], rtol=1e-9, atol=1e-9)
+    assert (reader.logits() - logits(model, read(model, tokens))).abs().max() > 1e-3
+
+
+def test_a_long_text_is_read_in_pieces(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read(model, LONG)
+    monkeypatch.setattr(reading, "PREFILL_TOKENS", 7)
+    lengths = []
+    hook = model.embedding.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    pieces = read(model, LONG)
+    hook.remove()
+    assert lengths == [7] * 5 + [6]
+    torch.testing.assert_close(logits(model, pieces), logits(model, whole), rtol=1e-9, atol=1e-9)
+    assert (pieces.num_tokens, pieces.seen_ids) == (41, frozenset(LONG)) == (whole.num_tokens, whole.seen_ids)
+
+
+def test_cut_anywhere(model: LanguageModel) -> None:
+    whole = read(model, LONG)
+    for cut in range(1, len(LONG)):
+        behind = read(model, LONG[cut:], start=read(model, LONG[:cut]))
+        torch.testing.assert_close(logits(model, behind), logits(model, whole), rtol=1e-9, atol=1e-9)
+        assert (behind.num_tokens, behind.seen_ids) == (whole.num_tokens, whole.seen_ids)
+
+
+def test_a_batch_of_states_of_ragged_prompts_is_as_one_at_a_time(model: LanguageModel) -> None:
+    """States have one shape whatever was read, so that they stack without padding."""
+    states = [read(model, LONG[:length]) for length in (1, 5, 17, 41)]
+    stacked = [
+        BlockState(*map(torch.cat, zip(*layers, strict=True)))
+        for layers in zip(*(s.layers for s in states), strict=True)
+    ]
+    then = torch.tensor([[8, 9, 10]] * 4)
+    together, _ = model(then, None, stacked)
+    for row, state in enumerate(states):
+        alone = logits(model, read(model, [8, 9, 10], start=state))
+        torch.testing.assert_close(together[row, -1], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_a_state_is_not_changed_by_reading_on(model: LanguageModel) -> None:
+    state = read(model, LONG[:10])
+    kept = [tensor.clone() for layer in state.layers for tensor in layer]
+    read(model, LONG[10:], start=state)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (t for layer in state.layers for t in layer), strict=True))
+    assert state.num_tokens == 10
 
 
 def test_memory_does_not_grow_with_the_text(model: LanguageModel) -> None:
-    _, short = read_prompt(model, [END, 5], END)
-    _, long = read_prompt(model, [END] + [5] * 300, END)
-    assert [tensor.shape for layer in short for tensor in layer] == [tensor.shape for layer in long for tensor in layer]
+    short, long = read(model, [END, 5]), read(model, [END] + [5] * 300)
+    assert [tensor.shape for layer in short.layers for tensor in layer] == [
+        tensor.shape for layer in long.layers for tensor in layer
+    ]
 
 
 def test_the_number_of_new_tokens_is_kept_and_none_is_computed_in_vain(model: LanguageModel) -> None:
@@ -109,91 +162,6 @@ def test_a_repetition_penalty_counts_the_prompt(model: LanguageModel) -> None:
 
 
 def test_no_gradient_is_kept(model: LanguageModel) -> None:
-    logits, state = read_prompt(model, [END, 5], END)
-    assert not logits.requires_grad
-    assert not any(tensor.requires_grad for layer in state for tensor in layer)
-
-
-# Text
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer() -> Tokenizer:
-    """Every byte a token, and little more: characters beyond ASCII are several tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=262, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
-    )
-    tokenizer.train_from_iterator(["the then there"], trainer)
-    return tokenizer
-
-
-TEXTS = [
-    "the plain text",
-    "naïve café",
-    "日本語のテキスト",
-    "👩‍👩‍👧 family, 🇫🇷 flag",
-    "",
-    "a",
-    "é",
-    "end in é",
-    "\N{REPLACEMENT CHARACTER} real one",
-]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_pieces_join_to_the_text_and_none_has_half_a_character(byte_tokenizer: Tokenizer, text: str) -> None:
-    pieces = list(stream_text(byte_tokenizer.encode(text).ids, byte_tokenizer, byte_tokenizer.encode("before ").ids))
-    assert "".join(pieces) == text
-    if "\N{REPLACEMENT CHARACTER}" not in text:
-        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-    assert all(pieces)
-
-
-def test_a_piece_comes_with_the_token_that_completes_it(byte_tokenizer: Tokenizer) -> None:
-    ids = byte_tokenizer.encode("a日b").ids
-    assert len(ids) == 5
-    num_given = 0
-
-    def give() -> Iterator[int]:
-        nonlocal num_given
-        for token in ids:
-            num_given += 1
-            yield token
-
-    assert [(piece, num_given) for piece in stream_text(give(), byte_tokenizer)] == [("a", 1), ("日", 4), ("b", 5)]
-
-
-def test_bytes_that_are_no_text_are_shown_as_such(byte_tokenizer: Tokenizer) -> None:
-    ids = byte_tokenizer.encode("日").ids
-    broken = [ids[0], ids[1], *byte_tokenizer.encode("ab").ids, ids[2], ids[0]]
-    pieces = list(stream_text(broken, byte_tokenizer))
-    assert "".join(pieces) == byte_tokenizer.decode(broken)
-    assert "\N{REPLACEMENT CHARACTER}ab" in "".join(pieces)
-
-
-def test_bytes_at_random(byte_tokenizer: Tokenizer) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        ids = torch.randint(1, 262, (40,), generator=generator).tolist()
-        assert "".join(stream_text(ids, byte_tokenizer)) == byte_tokenizer.decode(ids)
-
-
-def test_special_tokens_are_not_shown(byte_tokenizer: Tokenizer) -> None:
-    end = byte_tokenizer.token_to_id("<|endoftext|>")
-    ids = [*byte_tokenizer.encode("the").ids, end, *byte_tokenizer.encode("n").ids]
-    assert list(stream_text(ids, byte_tokenizer)) == ["the", "n"]
-
-
-def test_a_tokenizer_that_spells_spaces_at_word_starts() -> None:
-    """As SentencePiece does: the space of a text's first word is not decoded, that of any later word is."""
-    vocabulary = {piece: index for index, piece in enumerate(["<unk>", "▁once", "▁upon", "▁a", "▁", "time"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.decoder = decoders.Metaspace()
-    words = [vocabulary[piece] for piece in ("▁once", "▁upon", "▁a", "▁", "time")]
-    assert tokenizer.decode(words) == "once upon a time"
-    assert "".join(stream_text(words, tokenizer)) == "once upon a time"
-    assert "".join(stream_text(words[1:], tokenizer, before=words[:1])) == " upon a time"
+    state = read(model, [END, 5])
+    assert not logits(model, state).requires_grad and not state.hidden.requires_grad
+    assert not any(tensor.requires_grad for layer in state.layers for tensor in layer)
