@@ -21,6 +21,8 @@ RUN /opt/mambatrain/bin/pip install --no-cache-dir -c /src/constraints.txt "/src
 RUN useradd --create-home trainer && mkdir /home/trainer/work && chown trainer /home/trainer/work
 USER trainer
 ENV HOME=/home/trainer PATH=/opt/mambatrain/bin:$PATH
+# The CUDA kernels for A100, H100 and H200, B200, RTX 50, so that no container compiles them at its start.
+RUN mambatrain kernels build --arch 80,90,100,120
 WORKDIR /home/trainer/work
 ENTRYPOINT ["mambatrain"]
 CMD ["--help"]

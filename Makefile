@@ -6,6 +6,7 @@ PYTHON ?= python3
 DEMO := demo
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST_ARGS ?= -n 2 --dist loadfile
 RUN := $(BIN)/mambatrain
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 

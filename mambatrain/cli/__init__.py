@@ -13,12 +13,19 @@ from typing import Annotated
 import typer
 
 from mambatrain import __version__
+from mambatrain.cli.chat import chat
+from mambatrain.cli.data import data_app
+from mambatrain.cli.doctor import doctor
 from mambatrain.cli.evaluate import evaluate
 from mambatrain.cli.export import export
 from mambatrain.cli.generate import generate
+from mambatrain.cli.kernels import kernels_app
 from mambatrain.cli.plain_help import PlainCommand
 from mambatrain.cli.recipes import recipes_app
-from mambatrain.cli.tokens import tokenize, tokenizer_app
+from mambatrain.cli.runs import runs_app
+from mambatrain.cli.state import state_app
+from mambatrain.cli.tokenizer import tokenizer_app
+from mambatrain.cli.tokens import tokenize
 from mambatrain.cli.train import finetune, pretrain
 from mambatrain.errors import UserError
 
@@ -38,9 +45,15 @@ app.command(cls=PlainCommand, short_help="Train a model from a recipe.")(pretrai
 app.command(cls=PlainCommand, short_help="Continue training from weights.")(finetune)
 app.command(cls=PlainCommand, short_help="Measure a run or weights.")(evaluate)
 app.command(cls=PlainCommand, short_help="Continue a prompt.")(generate)
+app.command(cls=PlainCommand, short_help="Talk with a model.")(chat)
 app.command(cls=PlainCommand, short_help="Write weights that other tools open.")(export)
+app.command(cls=PlainCommand, short_help="Say what works on this machine.")(doctor)
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+app.add_typer(state_app, name="state")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(runs_app, name="runs")
+app.add_typer(kernels_app, name="kernels")
 
 
 def _print_version(asked: bool) -> None:

@@ -172,7 +172,10 @@ def _measure(
         measure_loss_by_position,
     )
 
-    refuse_other_tokenizer(opened.weights, tokenizer, text.corpus)
+    refuse_other_tokenizer(opened.weights, tokenizer, text.tokens)
+    shard = text.batches.windows.shard
+    if shard.vocab_size is None:  # of a bare pair; its ids are checked as they are read
+        shard.vocab_size = opened.weights.section.padded_vocab_size
     micro_batches = _with_progress(text, batch_rows)
     results: dict[str, Any] = {}
     if out is None:
@@ -181,10 +184,10 @@ def _measure(
         positions = measure_loss_by_position(opened.model, micro_batches)
         loss = positions.held_out(text.batches.num_bytes)
         bins = log_spaced_bins(positions)
-        draw_loss_by_position(bins, f"held-out text of {text.corpus.folder}", out / "loss_by_position.png")
+        draw_loss_by_position(bins, f"held-out text of {text.tokens.where}", out / "loss_by_position.png")
         results["by_position"] = [one._asdict() for one in bins]
     return {
-        "data": str(text.corpus.folder),
+        "data": str(text.tokens.where),
         "num_documents": text.batches.num_documents,
         "num_tokens": loss.num_targets,
         "num_bytes": loss.num_bytes,

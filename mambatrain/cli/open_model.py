@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mambatrain.data.token_corpus import TokenCorpus
+    from mambatrain.data.open_tokens import Tokens
     from mambatrain.data.tokenizer import LoadedTokenizer
     from mambatrain.models.language_model import LanguageModel
     from mambatrain.ops.backends import Backend
@@ -87,7 +87,7 @@ def open_tokenizer(opened: OpenModel, file: Path | None, end_of_document: str | 
     return load_tokenizer(fitting.file, fitting.end_of_document)
 
 
-def refuse_other_tokenizer(weights: Weights, asked: Path | None, corpus: TokenCorpus) -> None:
+def refuse_other_tokenizer(weights: Weights, asked: Path | None, tokens: Tokens) -> None:
     """Ids of one tokenizer mean nothing to a model of another.
 
     Weights without a tokenizer are taken to have the tokens' own, as far as their number of ids allows it.
@@ -95,7 +95,7 @@ def refuse_other_tokenizer(weights: Weights, asked: Path | None, corpus: TokenCo
     Args:
         weights: the model's.
         asked: the tokenizer.json that the user says belongs to the weights, if any.
-        corpus: the tokens.
+        tokens: to be read; whose tokenizer is not known, are taken to have the weights' own.
 
     Raises:
         UserError: the weights have another tokenizer than the tokens.
@@ -104,15 +104,15 @@ def refuse_other_tokenizer(weights: Weights, asked: Path | None, corpus: TokenCo
     from mambatrain.errors import UserError
 
     rows = weights.section.padded_vocab_size
-    if corpus.vocab_size > rows:
+    if tokens.vocab_size is not None and tokens.vocab_size > rows:
         raise UserError(
-            f"{corpus.folder} has {corpus.vocab_size:,} token ids, but {weights.origin} has only {rows:,} rows",
+            f"{tokens.where} has {tokens.vocab_size:,} token ids, but {weights.origin} has only {rows:,} rows",
             "tokenize the text with the tokenizer of the model",
         )
     file = _tokenizer_of(weights, asked)
-    if file is not None and not encode_alike(file, corpus.tokenizer_file):
+    if file is not None and tokens.tokenizer_file is not None and not encode_alike(file, tokens.tokenizer_file):
         raise UserError(
-            f"{corpus.folder} was tokenized with another tokenizer than that of {weights.origin}",
+            f"{tokens.where} was tokenized with another tokenizer than that of {weights.origin}",
             f"tokenize the text again with --tokenizer {file}",
         )
 

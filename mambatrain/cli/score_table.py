@@ -19,11 +19,19 @@ def result_lines(results: dict[str, Any]) -> list[str]:
 def held_out_lines(held_out: dict[str, Any]) -> list[str]:
     return [
         f"held-out text of {held_out['data']}: {held_out['num_documents']:,} documents, "
-        f"{held_out['num_tokens']:,} tokens, {held_out['num_bytes']:,} bytes, rows of {held_out['row_tokens']:,}",
+        f"{held_out['num_tokens']:,} tokens, {_count(held_out['num_bytes'])} bytes, rows of {held_out['row_tokens']:,}",
         f"  nats per token  {held_out['nats_per_token']:.4f}",
         f"  perplexity      {held_out['perplexity']:.4g}",
-        f"  bits per byte   {held_out['bits_per_byte']:.4f}",
+        f"  bits per byte   {_bits_per_byte(held_out['bits_per_byte'])}",
     ]
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _bits_per_byte(value: float | None) -> str:
+    return "not available: nothing says how many bytes the text has" if value is None else f"{value:.4f}"
 
 
 def task_lines(scores: list[dict[str, Any]]) -> list[str]:

@@ -103,17 +103,18 @@ def read_card_facts(weights: Weights) -> CardFacts:
     training = {"tokens seen": f"{progress.tokens_seen:,}", "steps": f"{progress.step:,} of {recipe.total_steps:,}"}
     if started := facts.get("started_from"):
         training["started from"] = str(started["origin"])
-    data = {"token shards": recipe.data.shards, "tokens per row": f"{recipe.data.row_tokens:,}"}
+    data = {"token shards": ", ".join(recipe.data.all_shards), "tokens per row": f"{recipe.data.row_tokens:,}"}
     if "data_digest" in facts:
         data["SHA-256 of the training tokens"] = str(facts["data_digest"])
     lines = [line for line in read_log(run.log_file) if line.get("event") == "held_out"]
     measured = [line for line in lines if line["step"] <= progress.step]
     scores: dict[str, float] = {}
     if measured:
-        scores = {
+        named = {
             "held-out bits per byte": measured[-1]["held_out_bits_per_byte"],
             "held-out loss, nats per token": measured[-1]["held_out_loss"],
         }
+        scores = {name: score for name, score in named.items() if score is not None}
     return CardFacts(training, data, scores, run.recipe_file.read_text(encoding="utf-8").rstrip())
 
 

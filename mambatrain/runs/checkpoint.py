@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,26 +106,35 @@ def step_of(checkpoint: Path) -> int:
 
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file, or None: every file has the size and digest of the manifest."""
+    return next(damages_of(checkpoint), None)
+
+
+def damages_of(checkpoint: Path) -> Iterator[str]:
+    """A sentence for each file of a checkpoint that is not as the manifest says; files are read as they are asked for.
+
+    What the manifest does not tell is left out: behind a manifest that is missing or unreadable nothing follows.
+    """
     manifest_file = checkpoint / MANIFEST_FILE
     try:
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except OSError:
-        return f"{manifest_file} is missing"
+        yield f"{manifest_file} is missing"
+        return
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{manifest_file} is not readable"
+        yield f"{manifest_file} is not readable"
+        return
     for required in (MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE):
         if required not in expected:
-            return f"{manifest_file} does not list {required}"
+            yield f"{manifest_file} does not list {required}"
     for name, (num_bytes, digest) in expected.items():
         file = checkpoint / name
         if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != num_bytes:
-            return f"{file} has {file.stat().st_size:,} bytes where the manifest says {num_bytes:,}"
-        if sha256_of(file) != digest:
-            return f"{file} was changed: its digest is not the manifest's"
-    return None
+            yield f"{file} is missing"
+        elif file.stat().st_size != num_bytes:
+            yield f"{file} has {file.stat().st_size:,} bytes where the manifest says {num_bytes:,}"
+        elif sha256_of(file) != digest:
+            yield f"{file} was changed: its digest is not the manifest's"
 
 
 def checkpoint_to_resume(run: Path, damaged: list[str]) -> Path | None:

@@ -14,12 +14,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mambatrain.errors import UserError
+
+# `runs list` looks at a lock by taking it for a moment: a run that begins just then must not think it is in use.
+SECONDS_OF_A_GLANCE = 0.2
 
 
 class RunFolder:
@@ -54,19 +58,39 @@ class RunFolder:
                 f"the run folder {self.path} cannot be used: {error.strerror}", "give another --run folder"
             ) from None
         with (self.path / ".lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _lock_within(lock, fcntl.LOCK_EX, SECONDS_OF_A_GLANCE):
                 lock.seek(0)
                 holder = lock.read().strip() or "unknown"
                 raise UserError(
                     f"{self.path} is in use by another process (pid {holder})",
                     "wait for it, stop it, or give another --run folder",
-                ) from None
+                )
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
             yield
+
+    def is_running(self) -> bool:
+        """Whether a process holds the folder now."""
+        try:
+            with (self.path / ".lock").open() as lock:
+                return not _lock_within(lock, fcntl.LOCK_SH, 0.0)
+        except OSError:  # no lock file, or one of another user's
+            return False
+
+
+def _lock_within(lock: IO[str], kind: int, seconds: float) -> bool:
+    """Whether the lock was taken; it goes when the file is closed."""
+    last_try = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= last_try:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
 
 
 class RunLog:
@@ -101,6 +125,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def read_log_end(path: Path, events: frozenset[str]) -> dict[str, dict[str, Any]]:
+    """The last line of each event, read from the end of the file: a long log costs no more than a short one."""
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        num_bytes = 1 << 20
+        while not events <= found.keys():
+            file.seek(max(0, size - num_bytes))
+            found = {}
+            for text in reversed(file.read(num_bytes).splitlines()):
+                with suppress(ValueError):  # the first may be cut by us, the last by a crash
+                    line = json.loads(text)
+                    found.setdefault(str(line["event"]), line)
+            if num_bytes >= size:
+                break
+            num_bytes *= 8
+    return {event: line for event, line in found.items() if event in events}
 
 
 def cut_log(path: Path, num_lines: int) -> None:

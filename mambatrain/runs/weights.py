@@ -130,7 +130,7 @@ def _read_checkpoint(checkpoint: Path, run: RunFolder, known_whole: bool = False
     section = read_recipe(str(run.recipe_file)).model
     file = checkpoint / MODEL_FILE
     tensors = read_tensors(file)
-    _check_tensors(tensors, section, str(file))
+    check_tensors(tensors, section, str(file))
     tokenizer = run.tokenizer_file if run.tokenizer_file.is_file() else None
     return Weights(section, tensors, tokenizer, str(checkpoint), sha256_of(file))
 
@@ -157,7 +157,7 @@ def _read_foreign(folder: Path) -> Weights:
                 raise UserError(f"{file} holds a tensor that the model does not have: {name}", _OTHER_MODEL)
             tensors[ours] = tensor
     _drop_tied_head(tensors, section, str(folder))
-    _check_tensors(tensors, section, str(folder), names)
+    check_tensors(tensors, section, str(folder), names)
     tokenizer = folder / "tokenizer.json"
     return Weights(section, tensors, tokenizer if tokenizer.is_file() else None, str(folder), digest_of(files))
 
@@ -172,9 +172,14 @@ def _drop_tied_head(tensors: dict[str, Tensor], section: ModelSection, origin: s
         )
 
 
-def _check_tensors(
+def check_tensors(
     tensors: dict[str, Tensor], section: ModelSection, origin: str, names: NameTable | None = None
 ) -> None:
+    """Refuses tensors that are not those of the model; `names` says what the user calls them.
+
+    Raises:
+        UserError: naming what is missing, left over or of another shape.
+    """
     shapes = parameter_shapes(section)
 
     def named(wrong: list[str]) -> str:

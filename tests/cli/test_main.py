@@ -22,15 +22,36 @@ VERBS = [
     "",
     "tokenize",
     "tokenizer",
+    "tokenizer inspect",
     "tokenizer train",
     "pretrain",
     "finetune",
+    "data",
+    "data check",
+    "data inspect",
+    "data merge",
+    "data show",
+    "data split",
+    "doctor",
     "evaluate",
     "generate",
+    "chat",
+    "state",
+    "state make",
+    "state show",
+    "state blend",
     "export",
     "recipes",
     "recipes list",
     "recipes show",
+    "runs",
+    "runs average",
+    "runs list",
+    "runs show",
+    "runs verify",
+    "kernels",
+    "kernels build",
+    "kernels check",
 ]
 # pydantic is missing here: typer itself checks options with it. Our own users of it are named instead.
 HEAVY = ["accelerate", "datasets", "matplotlib", "numpy", "pandas", "pyarrow", "rich", "safetensors", "tokenizers"]
@@ -89,7 +110,8 @@ def test_the_verbs_tested_here_are_all_there_are(run_mambatrain: Run) -> None:
         listed = lines[lines.index("Commands:") + 1 :]
         return [" ".join([*group, line.split()[0]]) for line in listed if line.startswith("  ") and line[2] != " "]
 
-    assert sorted(VERBS) == sorted(["", *commands_of(), *commands_of("tokenizer"), *commands_of("recipes")])
+    groups = ["tokenizer", "data", "state", "recipes", "runs", "kernels"]
+    assert sorted(VERBS) == sorted(["", *commands_of(), *(verb for group in groups for verb in commands_of(group))])
 
 
 def test_the_version(run_mambatrain: Run) -> None:

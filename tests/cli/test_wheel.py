@@ -41,6 +41,7 @@ def test_it_holds_every_source_recipe_and_kernel(wheel: Path) -> None:
     expected |= {f"mambatrain/_recipes/{path.name}" for path in (REPOSITORY / "recipes").glob("*.yaml")}
     kernels = REPOSITORY / "kernels"
     files = [path for path in kernels.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [path for path in files if not path.name.startswith(".")]  # how they are formatted
     expected |= {f"mambatrain/_kernels/{path.relative_to(kernels)}" for path in files}
     expected |= {"mambatrain/py.typed", "mambatrain/_kernels/__init__.py", "mambatrain/_recipes/__init__.py"}
     assert expected - held == set()

@@ -24,6 +24,10 @@ def test_each_requirement_is_pinned_within_its_range() -> None:
     pins = pinned_versions()
     for text in [*project["dependencies"], *extras["dev"], *extras["eval"]]:
         requirement = Requirement(text)
+        if requirement.name.startswith(("cuda-", "nvidia-", "triton")):
+            # the CUDA build of torch asks for versions of its own, which no pin may contradict
+            assert canonicalize_name(requirement.name) not in pins
+            continue
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} is not pinned"
         assert version in requirement.specifier, f"{requirement.name} {version} is outside {requirement.specifier}"
