@@ -124,7 +124,7 @@ def _batches(
             characters += len(piece)
         batch.documents.append(document._replace(text=""))  # a long text is not kept any longer than its pieces
         batch.ends.append(len(batch.pieces))
-        if characters >= batch_characters:
+        if characters >= batch_characters or batch.continues:  # behind each long document there is a mark
             batch.mark = mark()
             yield batch
             batch, characters = _Batch(), 0

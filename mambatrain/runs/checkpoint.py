@@ -24,6 +24,8 @@ from mambatrain.files import explaining_full_disk, fsync_file, fsync_folder, sha
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mambatrain.recipe import CheckpointSection
+
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -177,10 +179,10 @@ def read_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
 
 
-def prune_checkpoints(run: Path, keep_newest: int, keep_step: int | None) -> None:
-    """Removes all but the newest ones and one named step; a removal that is cut short leaves no checkpoint's name."""
-    for checkpoint in list_checkpoints(run)[:-keep_newest]:
-        if step_of(checkpoint) != keep_step:
+def prune_checkpoints(run: Path, keep: CheckpointSection, best_step: int | None) -> None:
+    """Removes those that the recipe does not keep; a removal that is cut short leaves no checkpoint's name."""
+    for checkpoint in list_checkpoints(run)[: -keep.keep_newest]:
+        if not (keep.keep_best and step_of(checkpoint) == best_step):
             doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
             shutil.rmtree(doomed, ignore_errors=True)
             checkpoint.replace(doomed)

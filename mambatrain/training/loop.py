@@ -185,8 +185,7 @@ def save(run: TrainingRun) -> None:
         save_checkpoint(
             run.folder.checkpoints, run.progress, model, optimizer_tensors(run.optimizer, run.objective.model)
         )
-        keep = run.recipe.checkpoint
-        prune_checkpoints(run.folder.path, keep.keep_newest, run.progress.best_step if keep.keep_best else None)
+        prune_checkpoints(run.folder.path, run.recipe.checkpoint, run.progress.best_step)
     run.accelerator.wait_for_everyone()
 
 

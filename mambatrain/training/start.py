@@ -14,6 +14,7 @@ from mambatrain.report.loss_picture import draw_loss
 from mambatrain.runs.checkpoint import (
     checkpoint_to_resume,
     list_checkpoints,
+    prune_checkpoints,
     read_progress,
     set_newer_aside,
 )
@@ -119,6 +120,8 @@ def _prepare_folder(
         folder.stopped_marker.unlink(missing_ok=True)
         if checkpoint is not None:
             set_newer_aside(folder.path, checkpoint)
+            # A life that was killed right behind a save has not removed what that save made superfluous.
+            prune_checkpoints(folder.path, recipe.checkpoint, read_progress(checkpoint).best_step)
         write_text_whole(folder.recipe_file, write_recipe(recipe))  # first: it says that the other files are a run's
         cut_log(folder.log_file, 0 if checkpoint is None else read_progress(checkpoint).log_lines)
         if tokenizer is not None and checkpoint is None:

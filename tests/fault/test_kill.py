@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from mambatrain.recipe import read_recipe
 from mambatrain.runs.checkpoint import list_checkpoints
 from mambatrain.runs.folder import read_log
+from mambatrain.training.assemble import Where
+from mambatrain.training.start import run_training
+from mambatrain.training.stop import StopRequest
 
 TIMES_AND_RATES = {"seconds", "data_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes"}
 
@@ -55,3 +59,18 @@ def test_kills_change_nothing(
     assert [life["signal"] for life in undisturbed] == [0]
     assert len({life["checkpoint"] for life in lives if life["signal"] == 9}) > kills // 5, "the run ended too early"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+
+
+def test_a_life_that_ended_between_a_save_and_its_pruning_leaves_nothing_for_good(
+    monkeypatch: pytest.MonkeyPatch, write_tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Killed behind the very last save, too: no later save comes that would prune."""
+    recipe = read_recipe(str(write_tiny_recipe(checkpoint__every_steps=1, checkpoint__keep_newest=2)))
+    where = Where(device="cpu", kernels="torch", quiet=True)
+    run_training(recipe, tmp_path / "whole", where, "if-possible", StopRequest())
+    with monkeypatch.context() as patch:
+        patch.setattr("mambatrain.training.loop.prune_checkpoints", lambda *_: None)
+        run_training(recipe, tmp_path / "killed", where, "if-possible", StopRequest())
+    assert len(list_checkpoints(tmp_path / "killed")) == recipe.total_steps
+    run_training(recipe, tmp_path / "killed", where, "if-possible", StopRequest())
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

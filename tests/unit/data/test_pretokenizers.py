@@ -66,6 +66,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
 @given(text=TEXTS, size=st.integers(1, 9), composing=st.booleans())
 @example(text="a's b's漢。字", size=1, composing=True)
 @example(text="x  \n\n  y . \n!\n\nz", size=1, composing=False)
+@example(text="a.\n\nb!\nc)\r\n d/\n", size=1, composing=False)
 @example(text="a\u0338 =\u0338 b=\u0338", size=1, composing=True)
 def test_pieces_join_to_the_text_and_their_tokens_to_its_tokens(
     name: PretokenizerName, text: str, size: int, composing: bool
@@ -77,6 +78,16 @@ def test_pieces_join_to_the_text_and_their_tokens_to_its_tokens(
     assert "".join(pieces) == text
     assert all(len(piece) >= size for piece in pieces[:-1])
     assert [token for piece in pieces for token in ids_of(tokenizer, piece)] == ids_of(tokenizer, text)
+    # Stronger: whatever the vocabulary, each part is the same.
+    text = unicodedata.normalize("NFC", text) if composing else text
+    assert [part for piece in cut_text(text, size, cut) for part in parts_of(tokenizer, piece)] == parts_of(
+        tokenizer, text
+    )
+
+
+def parts_of(tokenizer: Tokenizer, text: str) -> list[str]:
+    """What nothing is merged across."""
+    return [part for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
 @pytest.mark.parametrize("name", PRETOKENIZER_NAMES)

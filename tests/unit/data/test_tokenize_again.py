@@ -131,22 +131,35 @@ def interrupt_after(num_batches: int, error: BaseException, monkeypatch: pytest.
     return added
 
 
+@pytest.mark.parametrize("num_batches", [9, 30, 31, 32, 33, 60])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
 def test_what_was_interrupted_is_continued_and_the_bytes_are_the_same(
-    source: Path, byte_tokenizer: Path, tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    byte_tokenizer: Path,
+    tmp_path: Path,
+    num_batches: int,
+    error: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    how = HowToRead(num_workers=2, batch_characters=100)
+    """A document fills several batches, so that some interruptions fall into its middle."""
     tokenize_corpus([source], byte_tokenizer, tmp_path / "whole", TokenizeOptions())
+    how = HowToRead(num_workers=2, batch_characters=20)
+    monkeypatch.setattr("mambatrain.data.tokenizer.PIECE_CHARACTERS", 8)
     with monkeypatch.context() as patch:
-        first = interrupt_after(7, error, patch)
+        first = interrupt_after(num_batches, error, patch)
         with pytest.raises(type(error)):
             tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), how=how)
     assert sorted(file.name for file in tmp_path.iterdir()) == [".out.work", "corpus.jsonl", "whole"]
+    num_entered = json.loads((tmp_path / ".out.work" / "journal.json").read_bytes())["num_documents"]
+    assert sum(first) - 1 <= num_entered <= sum(first)
+    for file in (tmp_path / ".out.work").iterdir():  # what was written behind the last entry does not count
+        if file.name != "journal.json":
+            file.write_bytes(file.read_bytes() + b"more than the journal tells of")
     with monkeypatch.context() as patch:
         second = interrupt_after(10**9, error, patch)
         tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions(), how=how)
-    assert sum(first) + sum(second) == len(TEXTS)
-    assert sum(first) > 6
+    assert num_entered + sum(second) == len(TEXTS)
+    assert num_entered > 2
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl", "out", "whole"]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mambatrain.data.manifest import TokenizeOptions
+from mambatrain.data.manifest import CleaningOptions, TokenizeOptions
 from mambatrain.data.shuffle_documents import num_held_out
 from mambatrain.data.token_corpus import DATA_FILES, TokenCorpus, verify_token_corpus
 from mambatrain.data.tokenize_corpus import HowToRead, tokenize_corpus
@@ -76,16 +76,21 @@ def test_every_document_comes_back_once_and_the_last_of_the_order_are_held_out(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
 
 
-@settings(max_examples=15)
-@given(how=st.builds(HowToRead, num_workers=st.integers(1, 4), batch_characters=st.integers(1, 5000)))
+@settings(max_examples=25)
+@given(
+    piece=st.sampled_from([5, 30, 4096]),
+    how=st.builds(HowToRead, num_workers=st.integers(1, 4), batch_characters=st.integers(1, 5000)),
+)
 def test_the_bytes_do_not_depend_on_batches_and_threads(
-    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path, how: HowToRead
+    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Path, piece: int, how: HowToRead
 ) -> None:
     folder = tmp_path_factory.mktemp("batches")
     source = write_source(folder / "corpus.jsonl", TEXTS)
     options = TokenizeOptions(held_out=0.05, seed=3)
     tokenize_corpus([source], byte_tokenizer, folder / "one", options)
-    tokenize_corpus([source], byte_tokenizer, folder / "other", options, how=how)
+    with pytest.MonkeyPatch.context() as patch:  # small pieces: documents go on over several batches
+        patch.setattr("mambatrain.data.tokenizer.PIECE_CHARACTERS", piece)
+        tokenize_corpus([source], byte_tokenizer, folder / "other", options, how=how)
     assert snapshot(folder / "one") == snapshot(folder / "other")
 
 
@@ -153,6 +158,18 @@ def test_empty_and_bad_documents_are_counted(byte_tokenizer: Path, tmp_path: Pat
     manifest = done.corpus.manifest
     assert (manifest.num_skipped_empty, manifest.num_skipped_bad) == (2, 1)
     assert manifest.train.num_documents + manifest.held_out.num_documents == 2
+
+
+def test_of_documents_with_the_same_text_the_first_is_kept(byte_tokenizer: Path, tmp_path: Path) -> None:
+    texts = [f"text {number * number % 23}" for number in range(100)]
+    source = write_source(tmp_path / "a.jsonl", texts)
+    once = write_source(tmp_path / "once.jsonl", list(dict.fromkeys(texts)))
+    options = TokenizeOptions(cleaning=CleaningOptions(deduplicate=True))
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "out", options)
+    corpus = tokenize_corpus([once], byte_tokenizer, tmp_path / "wanted", TokenizeOptions()).corpus
+    out, wanted = snapshot(tmp_path / "out"), snapshot(tmp_path / "wanted")
+    assert [out[name] for name in DATA_FILES] == [wanted[name] for name in DATA_FILES]
+    assert corpus.manifest.train.num_documents + corpus.manifest.held_out.num_documents == len(set(texts))
 
 
 def test_a_corpus_without_text_is_refused(byte_tokenizer: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mambatrain.errors import UserError
+from mambatrain.recipe import CheckpointSection
 from mambatrain.runs import checkpoint as checkpoints
 from mambatrain.runs.checkpoint import (
     Progress,
@@ -77,9 +78,11 @@ def test_a_full_disk_is_a_sentence_and_earlier_checkpoints_stay(
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
-    prune_checkpoints(tmp_path, keep_newest=2, keep_step=2)
+    prune_checkpoints(tmp_path, CheckpointSection(keep_newest=2, keep_best=True), best_step=2)
     assert [folder.name[-1] for folder in list_checkpoints(tmp_path)] == ["2", "4", "5"]
     assert not list((tmp_path / "checkpoints").glob(".*"))
+    prune_checkpoints(tmp_path, CheckpointSection(keep_newest=1, keep_best=False), best_step=2)
+    assert [folder.name[-1] for folder in list_checkpoints(tmp_path)] == ["5"]
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
