@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,15 +37,15 @@ from mambatrain.training.optimizer import build_optimizer
 Step = Callable[[], None]
 
 
-def our_step(recipe: Recipe, kernels: str, bf16: bool, tokens: torch.Tensor) -> Step:
-    """Forward, backward, clipping and update as the training loop does them."""
+def our_step(recipe: Recipe, kernels: str, bf16: bool) -> Callable[[torch.Tensor], None]:
+    """Forward, backward, clipping and update as the training loop does them, of tokens (rows, length + 1)."""
     model = LanguageModel(recipe.model, choose_backend(kernels, torch.device("cpu")))
     initialise(model, recipe.model, 0)
     objective, optimizer = NextTokenLoss(model), build_optimizer(model, recipe.optimizer)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-    boundaries = torch.zeros(inputs.shape, dtype=torch.bool)
 
-    def step() -> None:
+    def step(tokens: torch.Tensor) -> None:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
+        boundaries = torch.zeros(inputs.shape, dtype=torch.bool)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = objective(inputs, boundaries, targets)
         (loss / targets.numel()).backward()
@@ -110,7 +111,7 @@ def prepare(candidate: str, recipe: Recipe, bf16: bool, rows: int, length: int) 
     elif candidate == "products":
         _steps.append(products_alone(recipe, bf16, rows * length))
     else:
-        _steps.append(our_step(recipe, candidate, bf16, tokens))
+        _steps.append(partial(our_step(recipe, candidate, bf16), tokens))
 
 
 def time_one_step() -> float:
