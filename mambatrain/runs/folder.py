@@ -23,7 +23,7 @@ from typing import IO, Any
 from mambatrain.errors import UserError
 
 # `runs list` looks at a lock by taking it for a moment: a run that begins just then must not think it is in use.
-SECONDS_OF_A_GLANCE = 0.2
+SECONDS_OF_A_GLANCE = 1.0
 
 
 class RunFolder:

@@ -89,7 +89,9 @@ def refuse_foreign_folder(folder: RunFolder) -> None:
     Raises:
         UserError: there are files in the folder and no run that they could belong to.
     """
-    files = [path for path in folder.path.iterdir() if path.name != ".lock" and not path.name.startswith("before-")]
+    # A life that was killed while it wrote the recipe has left a partial file.
+    ours = (".lock", f".{folder.recipe_file.name}.partial")
+    files = [path for path in folder.path.iterdir() if path.name not in ours and not path.name.startswith("before-")]
     if files and not folder.exists():
         raise UserError(f"{folder.path} is not empty and holds no run", "give a new --run folder")
 

@@ -179,16 +179,23 @@ class Terminal:
         os.set_blocking(self.ours, False)
         self.shown = ""
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = 300) -> None:
         """Reads until the text is shown behind what was waited for before."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
             assert time.monotonic() < deadline, f"{text!r} did not come: {self.shown[-500:]!r}"
-            try:
-                self.shown += os.read(self.ours, 10_000).decode(errors="replace")
-            except BlockingIOError:
-                time.sleep(0.05)
+            self.read()
         self.shown = self.shown[self.shown.index(text) + len(text) :]
+
+    def wait_for_anything(self) -> None:
+        while not self.shown:
+            self.read()
+
+    def read(self) -> None:
+        try:
+            self.shown += os.read(self.ours, 10_000).decode(errors="replace")
+        except BlockingIOError:
+            time.sleep(0.05)
 
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
@@ -200,7 +207,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(weights: Path) -> None:
         terminal.wait_for("> ")
         terminal.type("hello\n")
         terminal.wait_for("hello\r\n")
-        time.sleep(1)
+        terminal.wait_for_anything()  # of the answer, which has no end
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("(stopped)")
         terminal.wait_for("> ")

@@ -74,3 +74,20 @@ def test_a_life_that_ended_between_a_save_and_its_pruning_leaves_nothing_for_goo
     assert len(list_checkpoints(tmp_path / "killed")) == recipe.total_steps
     run_training(recipe, tmp_path / "killed", where, "if-possible", StopRequest())
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_a_life_that_ended_within_its_first_file_does_not_block_the_folder(
+    monkeypatch: pytest.MonkeyPatch, write_tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = read_recipe(str(write_tiny_recipe(training__total_steps=1)))
+    where, run = Where(device="cpu", kernels="torch", quiet=True), tmp_path / "run"
+
+    def stopped_short(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stopped_short)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # what is killed cleans nothing up
+        run_training(recipe, run, where, "if-possible", StopRequest())
+    assert sorted(file.name for file in run.iterdir()) == [".lock", ".recipe.yaml.partial"]
+    assert run_training(recipe, run, where, "if-possible", StopRequest()) == 0

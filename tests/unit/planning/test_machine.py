@@ -69,7 +69,7 @@ def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch)
         start = time.monotonic()
         found = only(machine.begin_looking_at_hub()())
     assert found.status == "note"
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60  # it would be waited for without end
 
 
 def test_offline_by_choice_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from mambatrain.errors import UserError
 from mambatrain.recipe import read_recipe, write_recipe
+from mambatrain.runs import folder
 from mambatrain.runs.checkpoint import Progress, damages_of, save_checkpoint
 from mambatrain.runs.folder import RunFolder, read_log_end
 from mambatrain.runs.overview import find_runs, open_run, summarise_run
@@ -76,13 +77,14 @@ def test_a_run_is_running_while_a_process_holds_its_folder(run: RunFolder) -> No
     assert summarise_run(run).state == "interrupted"  # the lock died with it; its pid still stands in the file
 
 
-def test_looking_at_a_run_does_not_keep_another_from_beginning(run: RunFolder) -> None:
+def test_looking_at_a_run_does_not_keep_another_from_beginning(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look takes the lock for an instant; whoever wants the folder then tries again."""
+    monkeypatch.setattr(folder, "SECONDS_OF_A_GLANCE", 30)  # a busy machine may stop a process in the middle of a look
     looks = """
 import sys, time
 from pathlib import Path
 from mambatrain.runs.folder import RunFolder
-run, until = RunFolder(Path(sys.argv[1])), time.monotonic() + 5
+run, until = RunFolder(Path(sys.argv[1])), time.monotonic() + 60
 print("looking", flush=True)
 while time.monotonic() < until:
     run.is_running()
@@ -111,9 +113,9 @@ def test_runs_are_found_below_a_folder_but_not_within_a_run(run: RunFolder, tmp_
     nested = tmp_path / "runs" / "sweep" / "small"
     aside = run.path / "before-1"
     too_deep = tmp_path / "runs" / "a" / "b" / "c" / "d"
-    for folder in (nested, aside, too_deep):
-        folder.mkdir(parents=True)
-        (folder / "recipe.yaml").write_bytes(run.recipe_file.read_bytes())
+    for made in (nested, aside, too_deep):
+        made.mkdir(parents=True)
+        (made / "recipe.yaml").write_bytes(run.recipe_file.read_bytes())
     assert find_runs(tmp_path / "runs") == [run.path, nested]
     assert find_runs(run.path) == [run.path]
     with pytest.raises(UserError, match="there is no folder"):
