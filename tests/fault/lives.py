@@ -1,10 +1,10 @@
-"""Runs one recipe in as many lives as it takes: `python lives.py RECIPE RUN SEED KILLS MAX_SECONDS KERNELS`.
+"""Runs one recipe in as many lives as it takes: `python lives.py RECIPE RUN SEED KILLS KERNELS`.
 
 Each life is a fork of this process, which has imported everything and computed nothing, so that a life costs no
 start-up. It is killed with SIGKILL, KILLS times: every fifth at a random moment of its start, the others at a random
-moment within MAX_SECONDS of its first step, so that they fall on steps, evaluations and saves however slow the machine
-is. The last life is left alone. Prints a JSON list of
-what each killed life left: its newest whole checkpoint, and whether it died in the middle of a save.
+moment behind a random one of their first steps, so that they fall on steps, evaluations and saves however slow the
+machine is. The last life is left alone. Prints a JSON list of what each killed life left: its newest whole checkpoint,
+and whether it died in the middle of a save.
 """
 
 import json
@@ -34,21 +34,25 @@ def live(recipe: str, run: Path, kernels: str) -> None:
         os._exit(run_training(read_recipe(recipe), run, where, "if-possible", stop))
 
 
-def wait_for_growth(log: Path, child: int) -> None:
-    """Until the life has written its first line (a resumed one cuts the log before), or has ended."""
-    size = log.stat().st_size if log.exists() else 0
+def wait_for_lines(log: Path, child: int, lines: int) -> None:
+    """Until the life has written so many lines (a resumed one cuts the log before), or has ended."""
+    fewest = num_lines(log)
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        now = log.stat().st_size if log.exists() else 0
-        if now > size:
+        now = num_lines(log)
+        fewest = min(fewest, now)
+        if now >= fewest + lines:
             return
-        size = now
         time.sleep(0.001)
+
+
+def num_lines(log: Path) -> int:
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def main() -> None:
     recipe, run = sys.argv[1], Path(sys.argv[2])
     rng = random.Random(int(sys.argv[3]))
-    kills, max_seconds, kernels = int(sys.argv[4]), float(sys.argv[5]), sys.argv[6]
+    kills, kernels = int(sys.argv[4]), sys.argv[5]
     lives = []
     for number in range(kills + 1):
         child = os.fork()
@@ -56,8 +60,8 @@ def main() -> None:
             live(recipe, run, kernels)
         if number < kills:
             if number % 5:
-                wait_for_growth(run / "log.jsonl", child)
-            time.sleep(rng.uniform(0.0, max_seconds))
+                wait_for_lines(run / "log.jsonl", child, rng.randint(1, 6))
+            time.sleep(rng.uniform(0.0, 0.03 if number % 5 else 0.5))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         newest = newest_valid_checkpoint(run)

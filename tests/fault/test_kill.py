@@ -19,8 +19,8 @@ from mambatrain.training.stop import StopRequest
 TIMES_AND_RATES = {"seconds", "data_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes"}
 
 
-def run_lives(recipe: Path, run: Path, seed: int, kills: int, max_seconds: float, kernels: str) -> list[dict[str, Any]]:
-    arguments = [recipe, run, str(seed), str(kills), str(max_seconds), kernels]
+def run_lives(recipe: Path, run: Path, seed: int, kills: int, kernels: str) -> list[dict[str, Any]]:
+    arguments = [recipe, run, str(seed), str(kills), kernels]
     command = [sys.executable, Path(__file__).with_name("lives.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
@@ -54,8 +54,8 @@ def test_kills_change_nothing(
         checkpoint__every_steps=3,
         evaluation__every_steps=7,
     )
-    undisturbed = run_lives(recipe, tmp_path / "undisturbed", 0, 0, 0, kernels)
-    lives = run_lives(recipe, tmp_path / "killed", 11, kills, 0.5, kernels)
+    undisturbed = run_lives(recipe, tmp_path / "undisturbed", 0, 0, kernels)
+    lives = run_lives(recipe, tmp_path / "killed", 11, kills, kernels)
     assert [life["signal"] for life in undisturbed] == [0]
     assert len({life["checkpoint"] for life in lives if life["signal"] == 9}) > kills // 5, "the run ended too early"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
