@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mambatrain.data.manifest import FileRecord, ShardRecord
+from mambatrain.data.manifest import Combination, CombinedFrom, FileRecord, ShardRecord, TokenManifest
 from mambatrain.data.open_tokens import Tokens, open_tokens
 from mambatrain.data.permutation import permute
 from mambatrain.data.progress import ByteProgress
@@ -24,9 +24,6 @@ from mambatrain.data.token_corpus import (
     DATA_FILES,
     MANIFEST_NAME,
     TOKENIZER_NAME,
-    Combination,
-    CombinedFrom,
-    CorpusManifest,
     is_token_folder,
     open_token_corpus,
 )
@@ -198,7 +195,7 @@ def _write_manifest(
         for split, writer in writers.items()
     }
     # Whatever a manifest counts over its sources (documents left out, changed, ...), the sum counts over all of them.
-    counted = [name for name, field in CorpusManifest.model_fields.items() if name.startswith("num_")]
+    counted = [name for name, field in TokenManifest.model_fields.items() if name.startswith("num_")]
     combined = manifests[0].model_copy(
         update={
             "sources": [record for manifest in manifests for record in manifest.sources],
@@ -216,7 +213,7 @@ def _write_manifest(
             },
         }
     )
-    checked = CorpusManifest.model_validate(combined.model_dump())
+    checked = TokenManifest.model_validate(combined.model_dump())
     write_bytes_whole(folder / MANIFEST_NAME, (checked.model_dump_json(indent=2) + "\n").encode())
 
 

@@ -93,6 +93,25 @@ class ShardRecord(Section):
     """UTF-8 bytes of the documents' text."""
 
 
+class CombinedFrom(Section):
+    """A folder that documents were taken from."""
+
+    folder: str
+    """As the user named it."""
+    digest: Sha256
+    """Of its shards."""
+
+
+class Combination(Section):
+    """How a folder was made from others."""
+
+    verb: Literal["merge", "split"]
+    seed: int
+    held_out: float | None
+    """`split` only: the fraction held out."""
+    parts: list[CombinedFrom]
+
+
 class TokenManifest(Section):
     """`manifest.json` of a folder of tokens."""
 
@@ -128,6 +147,8 @@ class TokenManifest(Section):
     but for duplicates, which are looked for last."""
     files: dict[str, FileRecord]
     """Every other file of the folder."""
+    combined: Combination | None = None
+    """Where `data merge` or `data split` made the folder: of what; `options` are those of the first part then."""
 
 
 class TokenizerSettings(Section):

@@ -10,12 +10,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mambatrain.data.manifest import Sha256, ShardRecord, TokenManifest, read_manifest
+from mambatrain.data.manifest import ShardRecord, TokenManifest, read_manifest
 from mambatrain.data.sources import missing_file
 from mambatrain.data.token_shards import TokenShard, token_dtype
 from mambatrain.errors import UserError
 from mambatrain.files import sha256_of
-from mambatrain.recipe.section import Section
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -24,31 +23,6 @@ DATA_FILES = (*(f"{split}{ending}" for split in SPLITS for ending in (".bin", ".
 """Every file of the folder but the manifest, which records them."""
 
 _MAKE_AGAIN = "copy it again, or make it again with `mambatrain tokenize ... --overwrite`"
-
-
-class CombinedFrom(Section):
-    """A folder that documents were taken from."""
-
-    folder: str
-    """As the user named it."""
-    digest: Sha256
-    """Of its shards."""
-
-
-class Combination(Section):
-    """How a folder was made from others."""
-
-    verb: Literal["merge", "split"]
-    seed: int
-    held_out: float | None
-    """`split` only: the fraction held out."""
-    parts: list[CombinedFrom]
-
-
-class CorpusManifest(TokenManifest):
-    """Of a folder that `tokenize` wrote, or `data merge` and `data split` from such; `options` are the first's then."""
-
-    combined: Combination | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +34,7 @@ class TokenCorpus:
     """
 
     folder: Path
-    manifest: CorpusManifest
+    manifest: TokenManifest
     train: TokenShard
     held_out: TokenShard
     train_bytes: NDArray[np.int64]
@@ -105,7 +79,7 @@ def open_token_corpus(folder: str | Path) -> TokenCorpus:
         raise UserError(
             f"{place} holds no {MANIFEST_NAME}", "`mambatrain tokenize SOURCE... --out FOLDER` makes tokens"
         )
-    manifest = read_manifest(place / MANIFEST_NAME, CorpusManifest)
+    manifest = read_manifest(place / MANIFEST_NAME, TokenManifest)
     _check_files(place, manifest)
     shards = {split: TokenShard(place / split, manifest.tokenizer.vocab_size) for split in SPLITS}
     lengths = {split: _open_bytes(place / f"{split}.bytes.npy") for split in SPLITS}

@@ -144,6 +144,10 @@ def _reusable(
         corpus = open_token_corpus(out)
     except UserError as error:
         raise UserError(error.message, "--overwrite makes the folder anew") from error
+    combined = corpus.manifest.combined
+    if combined is not None:  # its sources and options are those of its parts, its documents lie otherwise
+        parts = ", ".join(part.folder for part in combined.parts)
+        raise refuse_other_output(out, [f"by `data {combined.verb}`, from {parts}"])
     before, now = corpus.manifest.tokenizer, _record_tokenizer(loaded)
     differences = [f"tokenizer {line}" for line in differing_fields(before.model_copy(update={"file": now.file}), now)]
     differences += differing_fields(corpus.manifest.options, options)

@@ -12,6 +12,7 @@ import pytest
 
 from mambatrain.data import shuffle_documents, token_spool
 from mambatrain.data import tokenize_corpus as module
+from mambatrain.data.combine_tokens import split_tokens
 from mambatrain.data.manifest import TokenizeOptions
 from mambatrain.data.token_corpus import DATA_FILES, open_token_corpus
 from mambatrain.data.token_shards import TokenShardWriter
@@ -256,3 +257,19 @@ def test_a_source_that_grows_under_way_is_refused(
     with pytest.raises(UserError, match=r"corpus\.jsonl was changed while it was being read"):
         tokenize_corpus([source], byte_tokenizer, tmp_path / "out", TokenizeOptions())
     assert not (tmp_path / "out").exists()
+
+
+def test_what_merge_or_split_made_is_not_taken_for_what_tokenize_makes(
+    source: Path, byte_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Its manifest has the sources, the tokenizer and the options of its parts, but its documents lie otherwise."""
+    tokenize_corpus([source], byte_tokenizer, tmp_path / "a", TokenizeOptions())
+    out = tmp_path / "out"
+    split_tokens(tmp_path / "a", 0.01, out)
+    before = snapshot(out)
+    with pytest.raises(UserError, match="out exists and was made otherwise:\n  by `data split`, from ") as caught:
+        tokenize_corpus([source], byte_tokenizer, out, TokenizeOptions())
+    assert str(tmp_path / "a") in caught.value.message
+    assert snapshot(out) == before
+    assert not tokenize_corpus([source], byte_tokenizer, out, TokenizeOptions(), overwrite=True).reused
+    assert snapshot(out) == snapshot(tmp_path / "a")
