@@ -20,7 +20,7 @@ def megatron() -> Any:
         warnings.simplefilter("ignore")  # about what it would like to be installed beside it
         return pytest.importorskip(
             "megatron.core.datasets.indexed_dataset",
-            reason="megatron-core is not installed (pip install --no-deps megatron-core)",
+            reason="megatron-core is not installed: the extra `dev` has it, where there is a wheel",
         )
 
 
