@@ -1,9 +1,13 @@
-"""Documents that are nearly the same: MinHash signatures and their comparison, through the datasketch package."""
+"""Documents that are nearly the same: MinHash signatures by the datasketch package, and their comparison.
+
+datasketch has an index, too, which by default misses a tenth of what is to be found (docs/benchmarks.md), and set to
+miss as little as this one takes more than twice its memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from array import array
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,29 +50,46 @@ def signature_of(words: list[str]) -> bytes:
 def find_near_duplicates(signatures: NDArray[np.uint32], among: Iterable[int], threshold: float) -> list[int]:
     """Which documents are similar to one that stands before them and is kept itself.
 
+    Two are compared where all hashes of a band of their signatures are equal (locality-sensitive hashing: Leskovec et
+    al., "Mining of Massive Datasets", 3.4). What is equal by chance costs a comparison, no more.
+
     Args:
         signatures: (num_documents, NUM_HASHES) uint32.
         among: the documents to compare, in their order.
         threshold: estimated Jaccard similarity from which on two are nearly the same.
     """
-    from datasketch import MinHashLSH
-
-    index = MinHashLSH(threshold=threshold, num_perm=NUM_HASHES)
-    empty = np.frombuffer(signature_of([]), dtype="<u4")
-    found = []
+    band_bytes = 4 * hashes_of_band(threshold)
+    bands = [slice(end - band_bytes, end) for end in range(band_bytes, SIGNATURE_BYTES + 1, band_bytes)]
+    empty = signature_of([])
+    kept, found = array("q"), []
+    newest: dict[int, int] = {}  # a band's hash -> its entry; entry n is of the kept document n // len(bands)
+    before = array("q")  # entry -> the entry of the same hash before it, or -1
     for document in among:
-        signature = signatures[document]
-        if (signature == empty).all():
+        content = signatures[document].tobytes()
+        if content == empty:
             continue
-        minhash = _minhash(signature)
-        if any((signatures[other] == signature).mean() >= threshold for other in index.query(minhash)):
+        entries = [newest.get(hash((place.start, content[place])), -1) for place in bands]
+        others = {kept[entry // len(bands)] for first in entries for entry in _chain(first, before)}
+        if any((signatures[other] == signatures[document]).mean() >= threshold for other in others):
             found.append(document)
-        else:
-            index.insert(document, minhash, check_duplication=False)
+            continue
+        kept.append(document)
+        for place, entry in zip(bands, entries, strict=True):
+            newest[hash((place.start, content[place]))] = len(before)
+            before.append(entry)
     return found
 
 
-def _minhash(signature: NDArray[np.uint32]) -> Any:
-    from datasketch import LeanMinHash
+def hashes_of_band(threshold: float) -> int:
+    """The most hashes that a band may have so that two documents of similarity `threshold` are compared, but for 1%."""
 
-    return LeanMinHash(seed=_SEED, hashvalues=signature, scheme=_SCHEME)
+    def compared(hashes: int) -> float:
+        return 1.0 - (1.0 - threshold**hashes) ** (NUM_HASHES // hashes)  # some band is equal
+
+    return max((hashes for hashes in range(1, NUM_HASHES // 2) if compared(hashes) >= 0.99), default=1)
+
+
+def _chain(entry: int, before: array[int]) -> Iterator[int]:
+    while entry >= 0:
+        yield entry
+        entry = before[entry]

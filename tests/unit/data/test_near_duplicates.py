@@ -7,7 +7,13 @@ import random
 import numpy as np
 import pytest
 
-from mambatrain.data.near_duplicates import NUM_HASHES, SHINGLE_WORDS, find_near_duplicates, signature_of
+from mambatrain.data.near_duplicates import (
+    NUM_HASHES,
+    SHINGLE_WORDS,
+    find_near_duplicates,
+    hashes_of_band,
+    signature_of,
+)
 
 pytest.importorskip("datasketch", reason="near-duplicates need the datasketch package")
 
@@ -51,6 +57,29 @@ def test_precision_and_recall_on_documents_of_known_similarity() -> None:
     # Where it errs, the similarity lies within three standard errors of the threshold.
     for document in {*found} ^ {number for number, is_near in enumerate(near) if is_near}:
         assert abs(jaccard(documents[document - 1], documents[document]) - THRESHOLD) < 3 * 0.5 / NUM_HASHES**0.5
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9])
+def test_what_comparing_all_with_all_finds_is_found(threshold: float) -> None:
+    documents, _ = corpus()
+    all_signatures = signatures(documents)
+    kept: list[int] = []
+    expected = []
+    for document, signature in enumerate(all_signatures):
+        near = any((all_signatures[other] == signature).mean() >= threshold for other in kept)
+        (expected if near else kept).append(document)
+    found = find_near_duplicates(all_signatures, range(len(documents)), threshold)
+    assert 12 <= len(expected) < len(documents) / 2 + 1
+    assert set(found) <= set(expected)
+    assert len(found) >= 0.99 * len(expected)
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.5, 0.75, 0.8, 0.9, 0.95, 0.99])
+def test_bands_are_as_long_as_they_may_be(threshold: float) -> None:
+    """Shorter ones compare more than is needed, longer ones miss more than 1% of what is just similar enough."""
+    hashes = hashes_of_band(threshold)
+    missed = [(1 - threshold**width) ** (NUM_HASHES // width) for width in (hashes, hashes + 1)]
+    assert missed[0] <= 0.01 < missed[1]
 
 
 def test_the_estimate_is_that_of_the_sets() -> None:
