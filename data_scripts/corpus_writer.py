@@ -37,7 +37,7 @@ class Failure:
     reason: str
 
 
-Row = dict[str, Any]  # a JSON object; "text" is the document
+Row = dict[str, Any]  # a JSON object; "text" is the document, or "messages" the conversation
 
 
 def write_corpus(
@@ -76,6 +76,11 @@ def write_corpus(
     print(f"text       {record['num_text_bytes']:,} bytes")
     print(f"licence    {about.licence}")
     print(f"written to {out}")
+
+
+def texts_of(row: Row) -> list[str]:
+    """The text of a document, or those of a conversation's messages."""
+    return [row["text"]] if "text" in row else [message["content"] for message in row["messages"]]
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -129,7 +134,7 @@ def _write_rows(out: Path, rows: Iterable[Row | Failure], expected_documents: in
             file.write(line)
             digest.update(line)
             num_documents += 1
-            num_text_bytes += len(row["text"].encode())
+            num_text_bytes += sum(len(text.encode()) for text in texts_of(row))
             if time.monotonic() - last_line >= LINE_INTERVAL_SECONDS:
                 last_line = time.monotonic()
                 seconds = last_line - started

@@ -6,7 +6,7 @@ import argparse
 import gc
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from corpus_writer import About, Row, run_script, write_corpus
@@ -15,7 +15,25 @@ from mambatrain.data.sources import missing_file
 from mambatrain.errors import UserError, nearest
 from mambatrain.files import sha256_of
 
+_WORDS = {str: "text", list: "a list", dict: "an object"}
 _BUILDER_OF_ENDING = {".parquet": "parquet", ".jsonl": "json"}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What --only chooses among.
+
+    Attributes:
+        key: of a document, whose value is its group.
+        what: the groups in words, for --help.
+        names: all there are; empty where any may be named.
+        default: those that are taken unless --only names others; empty: all.
+    """
+
+    key: str
+    what: str
+    names: tuple[str, ...] = ()
+    default: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,8 +43,10 @@ class HubCorpus:
     Attributes:
         config: the one that is read unless --config names another of `configs`.
         documents: of each split of `config`, for the time that is left.
-        kept: columns that go into the corpus beside `text`.
+        kept: columns that go into the corpus beside `needed`, where they are.
         configs: that --config may name; empty where there is no choice.
+        needed: columns that must be there, and what they hold.
+        groups: what --only chooses among; None: there is no choice.
     """
 
     about: About
@@ -35,6 +55,8 @@ class HubCorpus:
     documents: dict[str, int]
     kept: tuple[str, ...] = ()
     configs: tuple[str, ...] = ()
+    needed: dict[str, type] = field(default_factory=lambda: {"text": str})
+    groups: Groups | None = None
 
 
 def write_hub_corpus(
@@ -59,6 +81,9 @@ def _parse_arguments(corpus: HubCorpus, description: str) -> argparse.Namespace:
     parser.set_defaults(config=corpus.config)
     if corpus.configs:
         parser.add_argument("--config", choices=corpus.configs, help=f"default: {corpus.config}")
+    if groups := corpus.groups:
+        which = f"{groups.what}; default: {', '.join(groups.default) or 'all'}"
+        parser.add_argument("--only", nargs="+", metavar="NAME", choices=groups.names or None, help=which)
     parser.add_argument("--limit-documents", type=int, metavar="N", help="stop after N documents; default: all")
     local = "read these .parquet or .jsonl files of the same columns instead of the hub"
     parser.add_argument("--data-files", type=Path, nargs="+", metavar="FILE", help=local)
@@ -83,8 +108,18 @@ def _write(
         known = corpus.documents[arguments.split] if arguments.config == corpus.config else limit
         expected = min(known, limit or known) if known else None
 
+    only: list[str] = []
+    if groups := corpus.groups:
+        only = sorted(set(arguments.only or groups.default))
+        options["only"] = only
+        if only:  # how many there are of some groups is not known
+            expected = limit
+
     def documents() -> Iterator[Row]:
-        return itertools.islice(into_documents(_read_rows(corpus, arguments)), limit)
+        found = into_documents(_read_rows(corpus, arguments))
+        if groups is not None and only:
+            found = (document for document in found if document[groups.key] in only)
+        return itertools.islice(found, limit)
 
     write_corpus(arguments.out, corpus.about, options, documents, expected, arguments.overwrite)
 
@@ -102,7 +137,7 @@ def _check_data_files(files: list[Path]) -> None:
 
 
 def _read_rows(corpus: HubCorpus, arguments: argparse.Namespace) -> Iterator[Row]:
-    """The data set's rows in order, `text` and the kept columns, streamed: nothing stays in a cache."""
+    """The data set's rows in order, the columns that are needed and kept, streamed: nothing stays in a cache."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -133,8 +168,9 @@ def _read_rows(corpus: HubCorpus, arguments: argparse.Namespace) -> Iterator[Row
 
 
 def _chosen_columns(corpus: HubCorpus, row: Row) -> Row:
-    if not isinstance(row.get("text"), str):
-        close = nearest("text", list(row))
-        hint = f"did you mean the column `{close}`?" if close else f"its columns are {', '.join(row)}"
-        raise UserError("the data set has no column `text` that holds text", hint)
-    return {name: row[name] for name in ("text", *corpus.kept) if name in row}
+    for name, kind in corpus.needed.items():
+        if not isinstance(row.get(name), kind):
+            close = nearest(name, [column for column in row if column != name])
+            hint = f"did you mean the column `{close}`?" if close else f"its columns are {', '.join(row)}"
+            raise UserError(f"the data set has no column `{name}` that holds {_WORDS[kind]}", hint)
+    return {name: row[name] for name in (*corpus.needed, *corpus.kept) if name in row}
