@@ -141,7 +141,7 @@ def _sizes_of(model: ModelSection, row_tokens: int) -> Sizes:
     if model.block == "mamba2":  # the convolution goes over B and C too
         channels += 2 * model.num_groups * model.state_size
     heads = {"H": model.num_heads, "P": model.head_dim, "G": model.num_groups} if model.block == "mamba2" else {}
-    return Sizes(L=row_tokens, C=channels, W=model.d_conv, N=model.state_size, **heads)
+    return Sizes(L=row_tokens, C=channels, W=model.d_conv, N=model.state_size, K=model.padded_vocab_size, **heads)
 
 
 def _dtypes_of(device: str) -> list[torch.dtype]:

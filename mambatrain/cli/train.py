@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 
 class Kernels(StrEnum):
+    """The keys of `ops.backends.BACKENDS`, which cannot be imported for --help."""
+
     auto = "auto"
     native = "native"
     torch = "torch"
     reference = "reference"
+    mamba_ssm = "mamba-ssm"
 
 
 class Device(StrEnum):

@@ -86,25 +86,18 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype = torch.
     """The backend for what was asked on the command line.
 
     Args:
-        asked: auto, native, torch, reference or mamba-ssm.
+        asked: one of `BACKENDS`.
         device: where the model will run.
         dtype: what the model computes in; native kernels take float32 and bfloat16, on CUDA float16 too.
 
     Raises:
         UserError: the name is unknown, or the backend cannot run here. A slower one is never taken in its place.
     """
-    choices: dict[str, Callable[[], Backend]] = {
-        "auto": lambda: _choose_automatically(device, dtype),
-        "native": lambda: _native(device, dtype),
-        "torch": lambda: _torch("asked for"),
-        "reference": lambda: _reference("asked for"),
-        "mamba-ssm": lambda: _mamba_ssm(device),
-    }
-    if asked not in choices:
-        close = nearest(asked, list(choices))
-        hint = f"did you mean `--kernels {close}`?" if close else f"--kernels takes {', '.join(choices)}"
+    if asked not in BACKENDS:
+        close = nearest(asked, list(BACKENDS))
+        hint = f"did you mean `--kernels {close}`?" if close else f"--kernels takes {', '.join(BACKENDS)}"
         raise UserError(f"there is no kernels backend named {asked!r}", hint)
-    return choices[asked]()
+    return BACKENDS[asked](device, dtype)
 
 
 def _choose_automatically(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -135,7 +128,8 @@ def _torch(reason: str) -> Backend:
 
 
 def _reference(reason: str) -> Backend:
-    return Backend("reference", reason, reference.selective_scan, reference.ssd, reference.causal_conv)
+    operators = reference.selective_scan, reference.ssd, reference.causal_conv
+    return Backend("reference", reason, *operators, reference.softmax_loss)
 
 
 def _mamba_ssm(device: torch.device) -> Backend:
@@ -145,3 +139,13 @@ def _mamba_ssm(device: torch.device) -> Backend:
         raise UserError(f"mamba-ssm's kernels cannot run: {missing}", hint)
     operators = mamba_ssm.selective_scan, mamba_ssm.ssd, mamba_ssm.causal_conv
     return Backend("mamba-ssm", "asked for", *operators, tolerance=mamba_ssm.TOLERANCE)
+
+
+BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Backend]] = {
+    "auto": _choose_automatically,
+    "native": _native,
+    "torch": lambda device, dtype: _torch("asked for"),
+    "reference": lambda device, dtype: _reference("asked for"),
+    "mamba-ssm": lambda device, dtype: _mamba_ssm(device),
+}
+"""What --kernels takes."""

@@ -168,3 +168,21 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int 
     dtype = computing_dtype(hidden)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     return F.cross_entropy(logits, targets, ignore_index=ignored, reduction="sum")
+
+
+def softmax_loss(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """-log softmax(logits)[target] of each row, and its gradient: softmax(logits), less 1 at the target.
+
+    Args:
+        logits: (R, V); backends may put the gradients into their memory.
+        targets: (R,) int64.
+        wants_gradient: else the second result is None.
+
+    Returns:
+        (R,) in the computing dtype, and (R, V) in the dtype of the logits.
+    """
+    logs = torch.log_softmax(logits.to(computing_dtype(logits)), dim=1)
+    losses = -logs.gather(1, targets[:, None])[:, 0]
+    if not wants_gradient:
+        return losses, None
+    return losses, (logs.exp() - F.one_hot(targets, logits.shape[1])).to(logits.dtype)

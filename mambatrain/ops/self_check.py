@@ -15,6 +15,7 @@ from torch import Tensor
 from mambatrain.errors import UserError
 from mambatrain.ops import reference
 from mambatrain.ops.backends import Backend
+from mambatrain.ops.cross_entropy import CHUNK, SoftmaxLoss
 
 SPAN = 64  # positions whose states the reference keeps at once, of a long row
 
@@ -37,8 +38,9 @@ SHAPES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("B", "C"), "RLGN"),
         **dict.fromkeys(("A", "D", "dt_bias"), "H"),
     },
+    "softmax_loss": {"logits": "TK"},
 }
-"""Operator -> argument -> its dimensions, by the letters of `Sizes`."""
+"""Operator -> argument -> its dimensions, by the letters of `Sizes`; the loss has its integers besides."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ class Sizes:
     """Heads, of P channels, in G groups."""
     P: int = 8
     G: int = 2
+    K: int = 517
+    """Logits of a position; no multiple of any vectors here."""
 
     def of(self, dimensions: str) -> list[int]:
-        """The shape behind the letters; V is W - 1."""
-        letters = asdict(self) | {"V": self.W - 1}
+        """The shape behind the letters; V is W - 1, T the positions whose logits there are at once."""
+        letters = asdict(self) | {"V": self.W - 1, "T": min(CHUNK, self.R * self.L)}
         return [letters[letter] for letter in dimensions]
 
 
@@ -112,8 +116,8 @@ def check_backend(backend: Backend, block: Block, device: torch.device) -> SelfC
     largest_errors = {}
     for name in _operators_of(block):
         arguments = _random_arguments(name, sizes, generator)
-        found = _run(getattr(backend, name), _moved(arguments, device), boundaries.to(device))
-        wanted = _run(getattr(reference, name), arguments, boundaries)
+        found = _run(name, getattr(backend, name), _moved(arguments, device), boundaries.to(device))
+        wanted = _run(name, getattr(reference, name), arguments, boundaries)
         errors = {tensor: _relative_error(found[tensor], wanted[tensor].to(device)) for tensor in wanted}
         for tensor, error in errors.items():
             if not error <= backend.tolerance:  # a NaN is no pass
@@ -139,13 +143,13 @@ def compare_backend(
     for name in _operators_of(block):
         arguments = _moved(_random_arguments(name, sizes, torch.Generator().manual_seed(0)), device)
         for argument, dimensions in SHAPES[name].items():
-            if "L" in dimensions:
+            if {"L", "T"}.intersection(dimensions):
                 arguments[argument] = arguments[argument].to(dtype)
-        plain = _in_spans(name)
-        wanted = _run(plain, {key: tensor.double() for key, tensor in arguments.items()}, boundaries)
-        theirs = _run(plain, arguments, boundaries)
-        found = _run(getattr(backend, name), arguments, boundaries)
-        num_updates = wanted["the final state"].numel() * sizes.L
+        plain = reference.softmax_loss if name == "softmax_loss" else _in_spans(name)
+        wanted = _run(name, plain, _in(torch.float64, arguments), boundaries)
+        theirs = _run(name, plain, arguments, boundaries)
+        found = _run(name, getattr(backend, name), arguments, boundaries)
+        num_updates = wanted["the final state"].numel() * sizes.L if "the final state" in wanted else 0
         for tensor, truth in wanted.items():
             num_terms = 0.0 if truth.dim() > 2 else num_updates / truth.numel()
             scale = max(float(truth.abs().max()), num_terms**0.5) / float(truth.abs().max())
@@ -153,8 +157,8 @@ def compare_backend(
             yield Comparison(name, dtype, tensor, _relative_error(found[tensor], truth), allowed)
 
 
-def _operators_of(block: Block) -> tuple[str, str]:
-    return ("causal_conv", "selective_scan" if block == "mamba1" else "ssd")
+def _operators_of(block: Block) -> tuple[str, ...]:
+    return ("causal_conv", "selective_scan" if block == "mamba1" else "ssd", "softmax_loss")
 
 
 def _random_arguments(name: str, sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:
@@ -165,11 +169,19 @@ def _random_arguments(name: str, sizes: Sizes, generator: torch.Generator) -> di
     }
     if "A" in arguments:
         arguments["A"], arguments["dt_bias"] = -arguments["A"].exp(), arguments["dt_bias"] - 3
+    if name == "softmax_loss":
+        rows, columns = arguments["logits"].shape
+        arguments["targets"] = torch.randint(0, columns, (rows,), generator=generator)
     return arguments
 
 
 def _moved(arguments: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, torch.float32) for name, tensor in arguments.items()}
+    return {name: tensor.to(device) for name, tensor in _in(torch.float32, arguments).items()}
+
+
+def _in(dtype: torch.dtype, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All but the integers."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in arguments.items()}
 
 
 def _boundaries(sizes: Sizes) -> Tensor:
@@ -181,8 +193,10 @@ def _boundaries(sizes: Sizes) -> Tensor:
     return boundaries
 
 
-def _run(operator: Operator, arguments: dict[str, Tensor], boundaries: Tensor) -> dict[str, Tensor]:
+def _run(name: str, operator: Any, arguments: dict[str, Tensor], boundaries: Tensor) -> dict[str, Tensor]:
     """The outputs, and the gradients of one fixed random weighting of them, in fp64."""
+    if name == "softmax_loss":
+        return _run_softmax_loss(operator, **arguments)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in arguments.items()}
     with torch.enable_grad(), torch.autocast(boundaries.device.type, enabled=False):
         outputs = operator(**leaves, boundaries=boundaries)
@@ -192,6 +206,15 @@ def _run(operator: Operator, arguments: dict[str, Tensor], boundaries: Tensor) -
     named = {"the output": outputs[0], "the final state": outputs[1]}
     named |= {f"the gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: tensor.detach().double() for name, tensor in named.items()}
+
+
+def _run_softmax_loss(softmax_loss: SoftmaxLoss, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """What training and evaluation take of it, in fp64; of copies, because the gradients may replace the logits."""
+    losses, gradient = softmax_loss(logits.clone(), targets, True)
+    alone, _ = softmax_loss(logits.clone(), targets, False)
+    gradient = torch.zeros(0) if gradient is None else gradient
+    named = {"the losses": losses, "the losses without gradients": alone, "the gradient of logits": gradient}
+    return {name: tensor.double() for name, tensor in named.items()}
 
 
 def _in_spans(name: str) -> Operator:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_on_cpu import needs_compiler, on_cpu
+from torch import Tensor
 
 from mambatrain.cli import kernels as cli_kernels
 from mambatrain.cli.train import Device, Kernels
 from mambatrain.errors import UserError
-from mambatrain.ops import native
+from mambatrain.ops import backends, native
+from mambatrain.ops.backends import choose_backend
+from mambatrain.ops.cross_entropy import SoftmaxLoss
 from mambatrain.ops.native.cuda import programs
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -90,11 +95,61 @@ def test_check_passes_what_is_right(
     assert "2 rows of 77 positions" in done.stderr
     header, *rows = done.stdout.splitlines()
     assert header.split() == ["operator", "dtype", "tensor", "error", "allowed"]
-    assert len(rows) == 2 * (6 + (11 if block == "mamba1" else 10))
+    assert len(rows) == 2 * (6 + (11 if block == "mamba1" else 10) + 3)
     for row in rows:
         error, allowed = map(float, row.split()[-2:])
         assert error <= allowed
-        assert re.match(r"(causal_conv|selective_scan|ssd) +(float32|bfloat16) +the ", row)
+        assert re.match(r"(causal_conv|selective_scan|ssd|softmax_loss) +(float32|bfloat16) +the ", row)
+
+
+def flip_gradient(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    losses, gradient = native.softmax_loss(logits, targets, wants_gradient)
+    return losses, None if gradient is None else -gradient
+
+
+def drop_tail(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The last columns, fewer than fill a vector, are not looked at."""
+    logits[:, logits.shape[1] // 8 * 8 :] = -1e30
+    return native.softmax_loss(logits, targets, wants_gradient)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (flip_gradient, ["the gradient of logits"]),
+        (drop_tail, ["the losses", "the losses without gradients", "the gradient of logits"]),
+    ],
+)
+def test_check_catches_a_broken_softmax_loss(
+    wrong: SoftmaxLoss,
+    expected: list[str],
+    write_tiny_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = choose_backend("native", torch.device("cpu"))
+    monkeypatch.setattr(backends, "choose_backend", lambda name, device: replace(right, softmax_loss=wrong))
+    recipe = write_tiny_recipe(model__pad_vocab_multiple=1, model__vocab_size=301)
+    with pytest.raises(UserError, match=r"the native backend is wrong on cpu: \d+ of 40 tensors") as caught:
+        cli_kernels.check(str(recipe), SHAPES, Kernels.native, Device.cpu)
+    assert "of softmax_loss in float32" in caught.value.message
+    marked = [line for line in capsys.readouterr().out.splitlines() if line.endswith("WRONG")]
+    assert [line[26:56].strip() for line in marked if line[16:23] == "float32"] == expected
+    assert all(line.startswith("softmax_loss") for line in marked)
+
+
+def test_every_backend_can_be_typed() -> None:
+    assert [kernels.value for kernels in Kernels] == list(backends.BACKENDS)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is not None, reason="mamba-ssm is installed here")
+def test_mamba_ssm_that_is_not_installed_is_said(run_mambatrain: Run) -> None:
+    done = run_mambatrain("kernels", "check", "demo", "--kernels", "mamba-ssm")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(
+        "error: mamba-ssm's kernels cannot run: mamba-ssm is not installed\n\nhint: pip install"
+    )
 
 
 BREAKS = {
@@ -134,7 +189,7 @@ def test_check_passes_the_cuda_kernels_on_a_cpu(
     check_on_cpu(write_tiny_recipe())
     shown = capsys.readouterr().out
     assert "WRONG" not in shown
-    assert len(shown.splitlines()) == 1 + 2 * 17
+    assert len(shown.splitlines()) == 1 + 2 * 20
 
 
 @needs_compiler
@@ -151,7 +206,7 @@ def test_check_catches_a_broken_kernel(
     assert right in sources[name]
     monkeypatch.setattr(programs, "read_sources", lambda: sources | {name: sources[name].replace(right, wrong)})
     monkeypatch.setattr(cli_kernels, "_dtypes_of", lambda device: [torch.float32])  # half as much to compile
-    with pytest.raises(UserError, match=r"the native backend is wrong on cpu: \d+ of 17 tensors"):
+    with pytest.raises(UserError, match=r"the native backend is wrong on cpu: \d+ of 20 tensors"):
         check_on_cpu(write_tiny_recipe())
     marked = [line for line in capsys.readouterr().out.splitlines() if line.endswith("WRONG")]
     for tensor in expected:

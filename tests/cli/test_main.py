@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import mambatrain
+from mambatrain.ops.backends import BACKENDS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -100,8 +101,10 @@ print("loaded:", sorted(set({HEAVY}) & set(sys.modules)))
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_names_values_by_what_they_are(run_mambatrain: Run, verb: str) -> None:
     """DIR, FILE, N, or the choices: never a type of Python's."""
-    shown = re.findall(r"<[^>]*>", run_mambatrain(*verb.split(), "--help").stdout)
-    assert [one for one in shown if "|" not in one] == []
+    text = run_mambatrain(*verb.split(), "--help").stdout
+    assert [one for one in re.findall(r"<[^>]*>", text) if "|" not in one] == []
+    kernels = re.search(r" --kernels\s+(<\S+>)", text)
+    assert kernels is None or kernels[1] == f"<{'|'.join(BACKENDS)}>"
 
 
 def test_the_verbs_tested_here_are_all_there_are(run_mambatrain: Run) -> None:

@@ -23,10 +23,11 @@ def test_torch_is_the_fast_form_of_every_operator() -> None:
 def test_reference_is_the_reference() -> None:
     backend = choose_backend("reference", CPU)
     assert backend.name == "reference"
-    assert (backend.selective_scan, backend.ssd, backend.causal_conv) == (
+    assert (backend.selective_scan, backend.ssd, backend.causal_conv, backend.softmax_loss) == (
         reference.selective_scan,
         reference.ssd,
         reference.causal_conv,
+        reference.softmax_loss,
     )
 
 

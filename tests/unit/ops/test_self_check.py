@@ -36,7 +36,7 @@ def broken(operator: str, argument: str, factor: float) -> Backend:
 def test_right_backends_pass(name: str, block: Literal["mamba1", "mamba2"], scan: str) -> None:
     check = check_backend(choose_backend(name, CPU), block, CPU)
     assert check.passed
-    assert set(check.largest_errors) == {"causal_conv", scan}
+    assert set(check.largest_errors) == {"causal_conv", scan, "softmax_loss"}
     assert all(0 < error < TOLERANCE / 10 for error in check.largest_errors.values())
     assert (check.backend, check.device, check.tolerance) == (name, "cpu", TOLERANCE)
     assert check.seconds > 0
@@ -70,6 +70,21 @@ def test_wrong_outputs_are_named(kind: str) -> None:
     wanted = "the final state of ssd" if kind == "state" else "the output of ssd"
     with pytest.raises(UserError, match=wanted):
         check_backend(dataclasses.replace(TORCH, ssd=wrong), "mamba2", CPU)
+
+
+@pytest.mark.parametrize("block", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("tensor", ["the losses", "the losses without gradients", "the gradient of logits"])
+def test_a_wrong_loss_is_named(tensor: str, block: Literal["mamba1", "mamba2"]) -> None:
+    def wrong(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        losses, gradient = TORCH.softmax_loss(logits, targets, wants_gradient)
+        if tensor == "the losses" or (tensor == "the losses without gradients" and not wants_gradient):
+            losses = losses * 1.001
+        if tensor == "the gradient of logits" and gradient is not None:
+            gradient[:, -1] *= 0.9  # a column that no vector holds
+        return losses, gradient
+
+    with pytest.raises(UserError, match=f"{tensor} of softmax_loss is"):
+        check_backend(dataclasses.replace(TORCH, softmax_loss=wrong), block, CPU)
 
 
 def test_a_record_with_a_nan_has_not_passed() -> None:
