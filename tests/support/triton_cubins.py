@@ -1,9 +1,10 @@
-"""Compiles the Triton kernels of Mamba-2's scan for GPUs that are not here, and says what each cubin takes.
+"""Compiles the Triton kernels for GPUs that are not here, and says what each cubin takes.
 
-    python tests/support/triton_cubins.py bfloat16:80 bfloat16:90 ...    every DTYPE:ARCHITECTURE, by two processes
+    python tests/support/triton_cubins.py bfloat16:80 float32:90:24x40 ...    every DTYPE:ARCHITECTURE, by two processes
 
+where 24x40 are channels of a head and states, else those of the 130M models (64 and 128; a step of Mamba-1: 16 states),
 prints a JSON list of {dtype, architecture, kernel, registers, stack, local, shared, atomics}; stack and local are bytes
-a thread keeps in memory, which is where registers spill to, shared is bytes a block. `tests/parity/test_triton_ssd.py`
+a thread keeps in memory, which is where registers spill to, shared is bytes a block. `tests/parity/test_triton.py`
 holds them to limits.
 """
 
@@ -24,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mambatrain.ops.triton import arguments, launch
+from mambatrain.ops.triton import arguments, launch, steps
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {
@@ -57,21 +58,38 @@ def collect_launches(
     state = torch.empty(rows, heads, channels, states, device="meta")
     boundaries = torch.empty(rows, length, dtype=torch.bool, device="meta")
     inputs = arguments.Inputs.of(x, dt, head, B, C, head, head, boundaries, state)
-    launch.launch = record
+    launch.launch = arguments.launch = record
     y = torch.empty(x.shape, dtype=dtype, device="meta")
     launch.run_forward(inputs, y, state)
     gradients = [torch.empty(tensor.shape, dtype=dtype, device="meta") for tensor in (x, dt, B, C)]
     dx, ddt, dB, dC = gradients
     parameters = [torch.empty_like(head) for _ in range(3)]
     launch.run_backward(inputs, y, state, [dx, ddt, parameters[0], dB, dC, *parameters[1:], state])
+    collect_steps(x, dt, B, C, head, state, 16 if states == 128 else states)
     return list(launches.values())
+
+
+def collect_steps(
+    x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, head: torch.Tensor, state: torch.Tensor, N: int
+) -> None:
+    """Launches what one position would, behind arguments of the scan; Mamba-1's has N states."""
+    boundaries = torch.empty(x.shape[0], 1, dtype=torch.bool, device="meta")
+    x, dt, B, C = (tensor[:, :1] for tensor in (x, dt, B, C))
+    steps.step_ssd(x, dt, head, B, C, head, head, boundaries, state, torch.empty_like(x), state)
+    u = x.flatten(-2)
+    (rows, _, channels), dtype = u.shape, x.dtype
+    weight, window = torch.empty(channels, 4, device="meta"), torch.empty(rows, 3, channels, device="meta")
+    steps.step_conv(u, weight, weight[:, 0], boundaries, window, torch.empty_like(u), window)
+    A, b = torch.empty(channels, N, device="meta"), torch.empty(rows, 1, 2 * N, dtype=dtype, device="meta")
+    h, D = torch.empty(rows, channels, N, device="meta"), A[:, 0]
+    steps.step_selective_scan(u, u, A, b[..., :N], b[..., N:], D, u, D, boundaries, h, torch.empty_like(u), h)
 
 
 def describe(value: Any, place: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
     """The type of an argument as Triton specialises it at a launch: 1 and None are constants; does 16 divide it?"""
     if isinstance(value, tuple):
-        parts = (describe(part, (*place, index), constants, attributes) for index, part in enumerate(value))
-        return type(value)(*parts)
+        parts = [describe(part, (*place, index), constants, attributes) for index, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if value is None or (isinstance(value, int) and value == 1):
         constants[place] = value
         return "constexpr"
@@ -101,9 +119,10 @@ def compile_kernel(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def measure(dtype_name: str, architecture: int) -> list[dict[str, Any]]:
+def measure(dtype_name: str, architecture: int, channels: int = 64, states: int = 128) -> list[dict[str, Any]]:
     def of_all() -> Iterator[dict[str, Any]]:
-        for name, kernel, args, constants in collect_launches(getattr(torch, dtype_name)):
+        launches = collect_launches(getattr(torch, dtype_name), channels=channels, states=states)
+        for name, kernel, args, constants in launches:
             compiled = compile_kernel(kernel, args, constants, architecture)
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 Path(file.name).write_bytes(compiled.asm["cubin"])
@@ -127,7 +146,12 @@ def measure(dtype_name: str, architecture: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    asked = [pair.split(":") for pair in sys.argv[1:]]
+    asked = [triple.split(":") for triple in sys.argv[1:]]
     with ProcessPoolExecutor(2) as pool:
-        pending = [pool.submit(measure, dtype_name, int(architecture)) for dtype_name, architecture in asked]
+        pending = [
+            pool.submit(
+                measure, dtype_name, int(architecture), *(int(size) for one in sizes for size in one.split("x"))
+            )
+            for dtype_name, architecture, *sizes in asked
+        ]
         print(json.dumps([line for future in pending for line in future.result()]))

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambatrain.ops.native.operators import full_precision
 from mambatrain.ops.shapes import check_ssd
+from mambatrain.ops.triton import steps
+from mambatrain.ops.triton.steps import on_device_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SIZE = 256  # channels of a head, and states
@@ -79,11 +82,16 @@ def _forward(
     boundaries: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    from mambatrain.ops.triton.arguments import Inputs
+    from mambatrain.ops.triton.arguments import Inputs, readable
     from mambatrain.ops.triton.launch import run_forward
 
     y, state = _empty_results(x, B)
-    with _on_device_of(x):
+    if steps.is_step(x):  # backward, which computes everything again, does not mind
+        D, dt_bias, initial_state = map(full_precision, (D, dt_bias, initial_state))
+        views = readable(x), readable(dt), A.float().contiguous(), readable(B), readable(C)
+        steps.step_ssd(*views, D, dt_bias, boundaries, initial_state, y, state)
+        return y, state
+    with on_device_of(x):
         run_forward(Inputs.of(x, dt, A, B, C, D, dt_bias, boundaries, initial_state), y, state)
     return y, state
 
@@ -109,7 +117,7 @@ def _backward(
     from mambatrain.ops.triton.launch import run_backward
 
     gradients = _empty_gradients(x, dt, A, B, C, initial_state)
-    with _on_device_of(x):
+    with on_device_of(x):
         inputs = Inputs.of(x, dt, A, B, C, D, dt_bias, boundaries, initial_state)
         run_backward(inputs, torch.zeros_like(x) if grad_y is None else grad_y, grad_state, gradients)
     return gradients
@@ -154,11 +162,6 @@ def _empty_gradients(
     dA, dD, dbias = (A.new_empty(A.shape, dtype=torch.float32) for _ in range(3))
     state = (x.shape[0], *x.shape[2:], B.shape[3])
     return [dx, ddt, dA, dB, dC, dD, dbias, A.new_empty(state, dtype=torch.float32)]
-
-
-def _on_device_of(x: Tensor) -> torch.cuda.device:
-    """Triton launches on torch's current device, which need not be that of x; none for a CPU, where it interprets."""
-    return torch.cuda.device(x.device.index if x.device.type == "cuda" else -1)
 
 
 def _define(name: str, kernel: Any, fake: Any) -> Any:

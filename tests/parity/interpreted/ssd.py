@@ -1,6 +1,6 @@
 """Mamba-2's scan in Triton, its kernels interpreted on the CPU, against the reference in fp64.
 
-`tests/parity/test_triton_ssd.py` runs this in a process of its own, where TRITON_INTERPRET is set before any import.
+`tests/parity/test_triton.py` runs this in a process of its own, where TRITON_INTERPRET is set before any import.
 """
 
 from __future__ import annotations

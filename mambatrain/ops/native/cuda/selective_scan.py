@@ -13,6 +13,7 @@ from mambatrain.ops.native.cuda.programs import ELEMENTS, THREADS, Program
 from mambatrain.ops.native.cuda.tensors import View, as_dtype, can_pack, common_dtype, room_for, view, write_to
 from mambatrain.ops.native.inputs import ScanInputs
 from mambatrain.ops.native.operators import address, full_precision
+from mambatrain.ops.triton import steps
 
 FLOATS = tuple(ELEMENTS)
 PACK = 4  # channels that are read at once, where memory allows
@@ -92,6 +93,9 @@ def entries_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 def forward(inputs: ScanInputs, out: Tensor, state: Tensor, entries: Tensor | None) -> None:
     """Writes the output, the final state and, where wanted, the states at the entry of each chunk."""
+    if entries is None and steps.is_step(inputs.u):
+        steps.step_selective_scan(*inputs.readable(), out, state)
+        return
     inputs = _as_kernels_take_them(inputs)
     layout = _layout(inputs)
     written = room_for(out, inputs.u.dtype)
