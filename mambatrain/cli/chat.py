@@ -77,7 +77,7 @@ def chat(
     """
     if "" in (stop or []):
         raise typer.BadParameter("an empty text would end every answer", param_hint="'--stop'")
-    from mambatrain.cli.open_model import open_model, open_tokenizer
+    from mambatrain.cli.open_model import open_model, open_tokenizer, record_step
     from mambatrain.generation.conversation import Conversation
     from mambatrain.generation.template_files import find_template
 
@@ -85,7 +85,8 @@ def chat(
     opened = open_model(weights, kernels.value, device.value)
     loaded = open_tokenizer(opened, tokenizer, end_of_document)
     found = find_template(template, loaded)
-    conversation = Conversation(opened.model, loaded, found, settings, max_new_tokens, tuple(stop or ()))
+    step = record_step(opened, None)
+    conversation = Conversation(opened.model, loaded, found, settings, max_new_tokens, tuple(stop or ()), step)
     session = Session(opened, loaded, conversation)
     if state is not None:
         session.load(state)

@@ -57,7 +57,7 @@ def generate(
     Example: mambatrain generate demo/run --prompt "def main():" --max-new-tokens 100 --seed 1
     """
     text = _read_prompt(prompt, prompt_file, needed=state is None)
-    from mambatrain.cli.open_model import open_model, open_tokenizer
+    from mambatrain.cli.open_model import open_model, open_tokenizer, record_step
     from mambatrain.cli.state import StoredDtype, open_state
     from mambatrain.cli.state import save_state as write_state
     from mambatrain.generation.generate import open_document
@@ -71,7 +71,8 @@ def generate(
     loaded = open_tokenizer(opened, tokenizer, end_of_document)
     start = open_state(state, opened, loaded)
     ids = loaded.encode_batch([text])[0].tolist() if text else []
-    reader = Reader(opened.model, loaded.end_of_document_id, None if start is None else start.state)
+    step = record_step(opened, loaded.end_of_document_id)
+    reader = Reader(opened.model, loaded.end_of_document_id, None if start is None else start.state, step)
     reader.add(ids if start else open_document(ids, loaded.end_of_document_id))
     _show_prompt(text)
     new = _write_continuation(reader, loaded, ids, max_new_tokens, settings)

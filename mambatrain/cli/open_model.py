@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from mambatrain.data.open_tokens import Tokens
     from mambatrain.data.tokenizer import LoadedTokenizer
+    from mambatrain.generation.token_step import TokenStep
     from mambatrain.models.language_model import LanguageModel
     from mambatrain.ops.backends import Backend
     from mambatrain.runs.weights import Weights
@@ -58,6 +59,25 @@ def open_model(where: str, kernels: str, device: str) -> OpenModel:
     typer.echo(f"weights  {weights.origin}", err=True)
     typer.echo(f"kernels  {backend.name} on {place}: {backend.reason}", err=True)
     return OpenModel(model, weights, backend)
+
+
+def record_step(opened: OpenModel, boundary_id: int | None) -> TokenStep | None:
+    """On CUDA the step by which tokens are read one by one, where it can be recorded; says on stderr what is done."""
+    from mambatrain.generation.token_step import TokenStep, why_not_recorded
+
+    if opened.model.head_weight.device.type != "cuda":
+        return None
+    missing = why_not_recorded(opened.model)
+    if missing is None:
+        try:
+            step = TokenStep(opened.model, boundary_id)
+        except RuntimeError as error:
+            missing = f"CUDA refuses to record one ({str(error).strip().splitlines()[0]})"
+        else:
+            typer.echo("decoding by a CUDA graph, one for each token", err=True)
+            return step
+    typer.echo(f"decoding without a CUDA graph, which is slower: {missing}", err=True)
+    return None
 
 
 def warn_of_damage(weights: Weights) -> None:

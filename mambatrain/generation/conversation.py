@@ -18,6 +18,7 @@ from mambatrain.generation.chat_template import ChatTemplate, Message
 from mambatrain.generation.reading import Reader
 from mambatrain.generation.sampling import SamplingSettings, sample
 from mambatrain.generation.text_stream import TextStream
+from mambatrain.generation.token_step import TokenStep
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.state import TextState
 from mambatrain.runs.state_file import Chat
@@ -54,6 +55,7 @@ class Conversation:
         settings: how tokens are drawn; the drawing goes on from turn to turn.
         max_new_tokens: the most tokens of an answer.
         stops: texts that end an answer, and are no part of it; the template may add some.
+        step: reads the tokens of answers, as `Reader` has it; without a boundary.
 
     Raises:
         UserError: the template does not go on by adding text.
@@ -67,12 +69,13 @@ class Conversation:
         settings: SamplingSettings,
         max_new_tokens: int,
         stops: tuple[str, ...] = (),
+        step: TokenStep | None = None,
     ) -> None:
         self.template = template
         self.place = Place()
         self.ending: Ending = "turn"
         """Why the last answer ended."""
-        self._model, self._vocab_size = model, tokenizer.vocab_size
+        self._model, self._step, self._vocab_size = model, step, tokenizer.vocab_size
         self._settings, self._generator, self._max_new_tokens = settings, settings.generator(), max_new_tokens
         self._tokenizer = Tokenizer.from_str(tokenizer.tokenizer.to_str())  # the other takes no text for special tokens
         self._tokenizer.encode_special_tokens = False
@@ -100,7 +103,7 @@ class Conversation:
         if place.state is not None and not place.messages:
             added = added.removeprefix(self.template.bos_token)  # the document before has been opened already
         ids = self._encode(place.unread + added)
-        reader = Reader(self._model, None, place.state)
+        reader = Reader(self._model, None, place.state, self._step)
         reader.add(ids)
         answer, state, unread = yield from self._answer(
             reader, TextStream(self._tokenizer, ids[-_CONTEXT_IDS:]), interrupted

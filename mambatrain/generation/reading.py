@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mambatrain.generation.token_step import TokenStep
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.state import TextState
 
@@ -24,11 +25,20 @@ class Reader:
         model: in any dtype, on any device.
         boundary_id: the token at which a document starts with an empty state, as in training; None: no token does.
         start: where to go on; on the model's device, in its dtype. None: nothing was read.
+        step: reads what is asked about token by token; of this model and boundary. None: the model does.
     """
 
-    def __init__(self, model: LanguageModel, boundary_id: int | None, start: TextState | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        boundary_id: int | None,
+        start: TextState | None = None,
+        step: TokenStep | None = None,
+    ) -> None:
+        assert step is None or step.boundary_id == boundary_id
         self.model = model
         self.boundary_id = boundary_id
+        self._step = step
         self._state = start
         self._waiting: list[int] = []
 
@@ -64,12 +74,16 @@ class Reader:
     @torch.no_grad()
     def _read(self, tokens: list[int]) -> None:
         before = self._state
-        row = torch.tensor([tokens], device=self.model.head_weight.device)  # (1, L)
-        boundaries = None if self.boundary_id is None else row == self.boundary_id
-        hidden, layers = self.model.hidden_states(row, boundaries, None if before is None else before.layers)
+        if self._step is not None and before is not None and len(tokens) == 1:
+            last, layers = self._step.read(tokens[0], before.layers)
+        else:
+            row = torch.tensor([tokens], device=self.model.head_weight.device)  # (1, L)
+            boundaries = None if self.boundary_id is None else row == self.boundary_id
+            hidden, layers = self.model.hidden_states(row, boundaries, None if before is None else before.layers)
+            last = hidden[0, -1].clone()
         num_before, seen = (0, frozenset[int]()) if before is None else (before.num_tokens, before.seen_ids)
         if not seen.issuperset(tokens):  # a copy of up to V ids, so not for each token
             seen = seen.union(tokens)
         # The state stays what it was until all is computed: an interrupt in between loses no token.
-        self._state = TextState(layers, hidden[0, -1].clone(), num_before + len(tokens), seen)
+        self._state = TextState(layers, last, num_before + len(tokens), seen)
         self._waiting = self._waiting[len(tokens) :]
