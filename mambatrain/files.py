@@ -15,7 +15,7 @@ from typing import Any
 from mambatrain.errors import UserError
 
 # A disk quota and a limit on the size of files end a write just as a full disk does.
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OS_ERROR_NUMBER = re.compile(r"os error (\d+)")  # how the safetensors library tells of the system's errors
 
 
@@ -76,7 +76,7 @@ def explaining_full_disk(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if _error_number(error) not in _FULL_DISK:
+        if _error_number(error) not in FULL_DISK:
             raise
         raise UserError(
             f"the disk is full: {what} was not written", "free some space and start the same command again"
@@ -101,7 +101,7 @@ def write_errors_named(out: str | Path) -> Iterator[None]:
         file = getattr(error, "filename", None)
         reason = os.strerror(number).lower() + (f" ({file})" if file else "")
         full = "nothing was kept of it; make room and run again"
-        hint = full if number in _FULL_DISK else "name a place where files can be written"
+        hint = full if number in FULL_DISK else "name a place where files can be written"
         raise UserError(f"{out} cannot be written: {reason}", hint) from error
 
 

@@ -28,6 +28,7 @@ from mambatrain.cli.tokenizer import tokenizer_app
 from mambatrain.cli.tokens import tokenize
 from mambatrain.cli.train import finetune, pretrain
 from mambatrain.errors import UserError
+from mambatrain.files import FULL_DISK
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 SECONDS_BEFORE_OTHER_PROCESSES_SPEAK = 5
@@ -74,6 +75,20 @@ def _options(
     """
 
 
+def _stdout_fails() -> bool:
+    """Whether it is stdout that cannot be written: errors do not say, so it is given one more byte."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError:
+        return True
+    return False
+
+
+def _leave_stdout() -> None:
+    """Else the interpreter flushes once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """The `mambatrain` command: a mistake of the user's gets a sentence and a hint, a bug keeps its traceback."""
     # Before torch is loaded. Waiting threads sleep instead of spinning: alone on a machine spinning gains a fifth on
@@ -93,7 +108,13 @@ def main() -> None:
             print(f"\nhint: {error.hint}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter flushes once more
+        _leave_stdout()
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in FULL_DISK or not _stdout_fails():
+            raise
+        _leave_stdout()
+        print(f"error: stdout cannot be written: {os.strerror(error.errno).lower()}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         if end.code == EXIT_INTERRUPTED:

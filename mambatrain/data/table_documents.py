@@ -21,12 +21,12 @@ def read_table(file: SourceFile, fields: TextFields, skip: int = 0) -> Iterator[
     """
     import pyarrow as pa
 
+    number = 0
     with file.path.open("rb") as raw:
         try:
             batches = (
                 _parquet_batches(file, raw, fields) if file.kind == "parquet" else _arrow_batches(file, raw, fields)
             )
-            number = 0
             for fraction, batch in batches:
                 columns = {name: batch.column(name) for name in fields.names or batch.schema.names}
                 for row in range(max(0, skip - number), batch.num_rows):
@@ -35,7 +35,8 @@ def read_table(file: SourceFile, fields: TextFields, skip: int = 0) -> Iterator[
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"{file.name} is damaged or not {file.kind}: {reason}", "copy or download it again"
+                f"{file.name} is damaged or not {file.kind}{f' after row {number}' if number else ''}: {reason}",
+                "copy or download it again",
             ) from error
 
 

@@ -188,6 +188,28 @@ def test_a_reader_that_goes_away_is_no_error_message(num_lines: int) -> None:
     assert (process.returncode, err) == (1, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full stands for a full disk")
+@pytest.mark.parametrize("num_lines", [1, 100_000], ids=["at the end", "on the way"])
+def test_a_full_disk_behind_stdout_gets_a_sentence(num_lines: int) -> None:
+    command = [sys.executable, "-P", "-c", WITH_COMMAND % f"[print('line') for _ in range({num_lines})]"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: stdout cannot be written: no space left on device\n")
+
+
+def test_a_full_disk_elsewhere_is_not_blamed_on_stdout(tmp_path: Path) -> None:
+    """An error that nothing has named is a bug, which keeps its traceback."""
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        WITH_COMMAND % "[print('line')]; raise OSError(28, 'No space left on device')",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "line\n\n")
+    assert done.stderr.startswith("Traceback")
+
+
 def test_no_color_is_obeyed_on_a_terminal() -> None:
     ours, theirs = pty.openpty()
     command = [Path(sys.executable).with_name("mambatrain"), "recipes", "show", "demos"]

@@ -36,6 +36,12 @@ def save(path: Path, content: bytes) -> Path:
     return path
 
 
+def parquet_file(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path)
+
+
 def save_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -225,9 +231,13 @@ def test_the_first_bad_documents_are_named_and_all_are_counted(tmp_path: Path) -
 
 def test_a_damaged_file_stops_even_when_bad_documents_are_left_out(tmp_path: Path) -> None:
     packed = gzip.compress(lines(*({"text": f"row {row}"} for row in range(5000))))
+    words = [f"row {row} {row * row}" for row in range(2500)]
     parquet = save_parquet(tmp_path / "whole.parquet", {"text": ["some words"] * 100}).read_bytes()
     zstd = packed_zstd(lines(*({"text": f"row {row} {row * row}"} for row in range(5000))))
     arrow = arrow_stream({"text": ["some words"] * 100})
+    groups = bytearray(save_parquet(tmp_path / "w.parquet", {"text": words}, row_group_size=500).read_bytes())
+    at = parquet_file(tmp_path / "w.parquet").metadata.row_group(3).column(0).data_page_offset
+    groups[at : at + 400] = bytes(400)
     flipped = packed[: len(packed) // 2] + bytes([packed[len(packed) // 2] ^ 0xFF]) + packed[len(packed) // 2 + 1 :]
     for name, content, message in (
         ("cut.jsonl.gz", packed[:-2000], "is truncated after line"),
@@ -238,6 +248,7 @@ def test_a_damaged_file_stops_even_when_bad_documents_are_left_out(tmp_path: Pat
         ("none.jsonl.gz", b"", "is empty, not a gzip file"),
         ("cut.parquet", parquet[:-100], "is damaged or not parquet"),
         ("head.parquet", parquet[:20], "is damaged or not parquet"),
+        ("flip.parquet", bytes(groups), "is damaged or not parquet after row 1[0-9]{3}: "),
         ("none.parquet", b"", "is damaged or not parquet"),
         ("cut.jsonl.zst", zstd[:-2000], "is truncated after line"),
         ("end.jsonl.zst", zstd[:-1], "is truncated after line"),
