@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mambatrain.data.batches import MicroBatch, Span, read_rows
 from mambatrain.data.token_shards import TokenShard
-from mambatrain.files import write_bytes_whole
+from mambatrain.files import sha256_of, write_bytes_whole
 
 VERSION = 1  # of the rule and the file; another one is computed anew
 
@@ -160,15 +160,14 @@ def _spans_of_documents(shard: TokenShard) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _read(array_file: Path, record_file: Path, expected: dict[str, object]) -> NDArray[np.int64] | None:
-    """What was kept, unless it is missing, damaged, or was computed for other tokens."""
+    """What was kept, mapped, so that the processes of a machine share it; None: missing, damaged, or of other tokens."""
     try:
         record = json.loads(record_file.read_bytes())
-        content = array_file.read_bytes()
+        if record != {**expected, "sha256": sha256_of(array_file)}:
+            return None
+        packing: NDArray[np.int64] = np.load(array_file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return None
-    if record != {**expected, "sha256": hashlib.sha256(content).hexdigest()}:
-        return None
-    packing: NDArray[np.int64] = np.load(io.BytesIO(content), allow_pickle=False)
     return packing
 
 

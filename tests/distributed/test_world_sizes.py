@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from mambatrain.data.batches import IGNORED_TARGET
+from mambatrain.data.drawn_rows import rows_of_draw
+from mambatrain.data.training_data import open_training_data
+from mambatrain.recipe import read_recipe
 from mambatrain.runs.checkpoint import list_checkpoints
 from mambatrain.runs.folder import read_log
 
@@ -124,6 +128,19 @@ def test_a_run_of_2_processes_goes_on_with_another_number(runs: Path, world_size
     ]
     for name, value in final[0].items():
         assert value == pytest.approx(final[1][name], rel=1e-8, abs=1e-10), name
+
+
+@pytest.mark.parametrize("place", ["1/mixture-fp64", "2/mixture-fp64", "4/mixture-fp64", "1/moved", "4/moved"])
+def test_each_process_count_logs_the_rows_that_data_show_shows(runs: Path, place: str) -> None:
+    run = runs / place
+    order = open_training_data(read_recipe(str(run / "recipe.yaml")), may_write=False).order
+    steps = [line for line in read_log(run / "log.jsonl") if line["event"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    for line in steps:
+        rows = rows_of_draw(order, line["draw"])
+        assert line["source_rows"] == {name: sum(row.source == name for row in rows) for name in order.names}
+        assert line["num_targets"] == sum(target != IGNORED_TARGET for row in rows for target in row.targets)
+        assert sum(line["source_rows"].values()) == (4 if line["step"] <= 6 else 8)
 
 
 def test_4_processes_resumed_equal_4_that_never_stopped_to_the_bit(runs: Path) -> None:

@@ -103,6 +103,44 @@ def test_ranks_and_micro_batches_split_a_draw_without_changing_it(
     assert max(len(part.tokens) for part in parts) <= micro_batch_rows
 
 
+def shown_windows(batches: list[MicroBatch]) -> Counter[int]:
+    """The windows of `write_windows` that rows show: the first of them begins with 1, the next with 2, ..."""
+    return Counter(int(row[1]) - 1 for batch in batches for row in batch.tokens)
+
+
+@pytest.mark.parametrize("ranks_after", [1, 2, 4])
+@pytest.mark.parametrize("ranks_before", [1, 2, 4])
+def test_an_epoch_shows_every_window_once_over_all_ranks_wherever_it_was_interrupted(
+    tmp_path: Path, ranks_before: int, ranks_after: int
+) -> None:
+    """Sources of 42 and 14 windows, 3 rows to 1: seven draws of eight rows are an epoch of both, to the row."""
+    sizes = {"a": 42, "b": 14}
+    names = {"a": 1000, "b": 2000}  # what tells the windows of one source from the other's
+
+    def order() -> TrainingOrder:
+        sources = []
+        for name, size in sizes.items():
+            with TokenShardWriter(tmp_path / name, np.dtype("<i4")) as writer:
+                writer.append(np.array([0]))
+                for index in range(size):
+                    writer.append(np.append(np.full(7, names[name] + index + 1), 0))
+            sources.append(Source(name, Windows(TokenShard(tmp_path / name), 8), size))
+        return TrainingOrder([OrderStage(0, 8, sources)], seed=5)
+
+    expected = Counter(names[name] + index for name, size in sizes.items() for index in range(size))
+    num_draws = sum(sizes.values()) // 8
+    for interrupted in range(num_draws):
+        shown = Counter[int]()
+        for first, last, num_ranks in ((0, interrupted, ranks_before), (interrupted, num_draws, ranks_after)):
+            life = order()  # a process that knows nothing of the one before
+            for draw in range(first, last):
+                for rank in range(num_ranks):
+                    batches = life.micro_batches(draw, 2, rank, num_ranks)
+                    assert sum(len(batch.tokens) for batch in batches) == 8 // num_ranks
+                    shown += shown_windows(batches)
+        assert shown == expected
+
+
 def test_rows_that_do_not_divide_into_ranks_are_refused(simple: TrainingOrder) -> None:
     with pytest.raises(ValueError, match="6 rows do not divide into 4 ranks"):
         simple.micro_batches(0, 1, 0, 4)
