@@ -160,7 +160,7 @@ def _spans_of_documents(shard: TokenShard) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _read(array_file: Path, record_file: Path, expected: dict[str, object]) -> NDArray[np.int64] | None:
-    """What was kept, mapped, so that the processes of a machine share it; None: missing, damaged, or of other tokens."""
+    """What was kept, mapped: processes share it. None: it is missing, damaged, or was computed for other tokens."""
     try:
         record = json.loads(record_file.read_bytes())
         if record != {**expected, "sha256": sha256_of(array_file)}:
