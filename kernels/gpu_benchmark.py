@@ -1,9 +1,9 @@
-"""Operators and whole training steps on a GPU, against mamba-ssm where it is installed and the block's matrix products.
+"""Operators, training steps and decoding on a GPU, against mamba-ssm where it is installed and the block's products.
 
     python kernels/gpu_benchmark.py [--repeats 20] [--json FILE]         needs torch alone; `make gpu` runs it
 
-bf16, at the paper's shapes, B = 8, L = 2048; medians of candidates that take turns, by CUDA events. Nobody has run it
-on a GPU yet. `--device cpu --tiny` goes through the same lines without one.
+bf16 (decoding: fp32), at the paper's shapes, B = 8, L = 2048; medians of candidates that take turns, by CUDA events.
+Nobody has run it on a GPU yet. `--device cpu --tiny` goes through the same lines without one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from typing import Any, Literal
 import torch
 from benchmark import gemms, with_gradients  # beside this script
 from torch import Tensor
+from torch.nn import functional as F
 
 from mambatrain.devices import measure_peak_flops
 from mambatrain.errors import UserError
+from mambatrain.generation.token_step import TokenStep, record
 from mambatrain.models.flops import training_flops_per_token
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import initialise
@@ -76,6 +78,7 @@ class Shape:
 
 PAPER = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
 STEPS = {"130m": 16, "1.4b": 4}  # rows of a step
+DECODED = ("130m", "1.4b", "2.8b")
 
 
 class Stopwatch:
@@ -193,6 +196,60 @@ def step_row(shape: Shape, rows: int, length: int, backend: Backend, device: tor
     return f"{seconds * 1e3:>12.1f}{tokens_per_second:>12,.0f}{utilisation:>8.1%}{peak:>10.1f}"
 
 
+def decoding_candidates(shape: Shape, backend: Backend, device: torch.device) -> Candidates:
+    """One token of one row, logits included, in fp32: started kernel by kernel, and by a CUDA graph as `generate` does.
+
+    Against them the step's matrix products alone, by a graph, too: every weight is read once, as it has to be.
+    """
+    with device:
+        model: Any = LanguageModel(shape, backend)  # type: ignore[arg-type]
+    initialise(model, shape, 0)  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    token = torch.full((1, 1), 5, device=device)
+    state = [model.hidden_states(token.repeat(1, 4))[1]]
+    head = model.head_weight
+
+    def by_kernels() -> None:
+        hidden, state[0] = model.hidden_states(token, token == 0, state[0])
+        F.linear(hidden, head)
+
+    found: Candidates = {}
+    if device.type == "cuda":
+        linears = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        matrices = [(weight, head.new_zeros(1, weight.shape[1])) for weight in (*linears, head)]
+
+        def multiply() -> None:
+            for weight, x in matrices:
+                F.linear(x, weight)
+
+        found["matrix products"] = record(multiply, device)
+        step, held = TokenStep(model, 0), list(state)
+
+        def by_graph() -> None:
+            hidden, held[0] = step.read(5, held[0])
+            F.linear(hidden, head)
+
+        found[f"{backend.name}, CUDA graph"] = by_graph
+    return found | {f"{backend.name}, kernel by kernel": by_kernels}
+
+
+def print_decoding(sizes: dict[str, tuple[int, int]], device: torch.device, repeats: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    print(f"\none token of decoding, B = 1, fp32\n{'':<40}{'ms':>10}{'tokens/s':>12}")
+    for block in ("mamba1", "mamba2"):
+        for size, dimensions in sizes.items():
+            for backend in backends(device, torch.float32):
+                if backend.name == "native":
+                    candidates = decoding_candidates(Shape(block, *dimensions), backend, device)
+                    medians = take_turns(candidates, repeats, Stopwatch(device))
+                    results[f"decoding, {block}, {size}"] = medians
+                    for name, seconds in medians.items():
+                        print(
+                            f"{f'{block}, {size}, {name}':<40}{seconds * 1e3:>10.3f}{1 / seconds:>12,.0f}", flush=True
+                        )
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -204,6 +261,7 @@ def main() -> None:
     rows, length = (2, 64) if arguments.tiny else (8, 2048)
     paper = {"tiny": (64, 2)} if arguments.tiny else PAPER
     steps = {"tiny": 2} if arguments.tiny else STEPS
+    decoded = ("tiny",) if arguments.tiny else DECODED
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{what}, torch {torch.__version__}, bf16, B = {rows}, L = {length}")
     results: dict[str, Any] = {"device": what, "torch": torch.__version__}
@@ -230,6 +288,7 @@ def main() -> None:
                 print(f"{f'{block}, {size}, {backend.name}':<28}{row}", flush=True)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
+    results |= print_decoding({size: paper[size] for size in decoded}, device, arguments.repeats)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

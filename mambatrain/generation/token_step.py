@@ -15,6 +15,9 @@ from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.state import BlockState
 from mambatrain.ops.reference import computing_dtype
 
+ALIGNMENT = (
+    128  # elements: where tensors of their own begin; kernels may add in another order where memory is not aligned
+)
 WARM_UP_STEPS = 3  # kernels are compiled and loaded in the first, which no graph can hold
 
 
@@ -49,7 +52,7 @@ class TokenStep:
         empty = model.init_state(1, weight.device, computing_dtype(weight))
         self._shapes = [[tensor.shape for tensor in layer] for layer in empty]
         # One piece of memory, so that a state is copied by one kernel.
-        self._memory = torch.cat([tensor.flatten() for layer in empty for tensor in layer])
+        self._memory = torch.zeros(sum(self._padded_sizes()), dtype=self._hidden.dtype, device=weight.device)
         self._layers = self._views_of(self._memory)
         self._held: list[BlockState] | None = None
         """What was returned last, if that is what the memory holds."""
@@ -86,9 +89,11 @@ class TokenStep:
         )
 
     def _views_of(self, memory: Tensor) -> list[BlockState]:
-        sizes = [shape.numel() for shapes in self._shapes for shape in shapes]
-        pieces = iter(torch.split(memory, sizes))
-        return [BlockState(*(next(pieces).view(shape) for shape in shapes)) for shapes in self._shapes]
+        pieces = iter(torch.split(memory, self._padded_sizes()))
+        return [BlockState(*(next(pieces)[: shape.numel()].view(shape) for shape in layer)) for layer in self._shapes]
+
+    def _padded_sizes(self) -> list[int]:
+        return [-(-shape.numel() // ALIGNMENT) * ALIGNMENT for layer in self._shapes for shape in layer]
 
 
 def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -21,7 +21,15 @@ def test_a_trial_writes_a_report(tmp_path: Path) -> None:
     report = (tmp_path / "report" / "report.md").read_text()
     for step in ("parity", "check", "benchmark"):
         assert f"- {step}: done" in report
-    for what in ("selective_scan", "ssd", "conv + SiLU", "block's matrix products", "mamba1, tiny", "mamba2, tiny"):
+    for what in (
+        "selective_scan",
+        "ssd",
+        "conv + SiLU",
+        "block's matrix products",
+        "mamba1, tiny",
+        "mamba2, tiny",
+        "one token of decoding",
+    ):
         assert what in report
     assert list(tmp_path.iterdir()) == [tmp_path / "report"]
 

@@ -194,7 +194,7 @@ def test_gradients_are_those_of_any_length(launched: list[str]) -> None:
     """Forward by the step, backward by the chunks' kernels, which need nothing that forward has kept."""
     arguments = SSD.arguments(L=1)
     yardstick.assert_as_right_as_the_reference(SSD, arguments, starts("some start"))
-    assert set(launched) == {"step_ssd"}
+    assert launched[0] == "step_ssd" and "find_outputs" not in launched
     leaves = {name: tensor.requires_grad_() for name, tensor in arguments.items()} | {
         "boundaries": starts("some start")
     }
