@@ -97,7 +97,10 @@ class TokenStep:
 
 
 def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What does on the device what `run` does there, without Python: a CUDA graph's replay."""
+    """What does on the device what `run` does there, without Python: a CUDA graph's replay.
+
+    It reads and writes the memory that `run` did: the caller keeps all of it but what is allocated in `run`.
+    """
     with torch.cuda.device(device):
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
