@@ -68,12 +68,23 @@ ResumeOption = Annotated[
 TrackerOption = Annotated[
     Tracker, typer.Option("--tracker", help="Also log to Weights & Biases (offline without a key).")
 ]
+BranchOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--branch-from",
+        metavar="CHECKPOINT",
+        help="Go on from a checkpoint (RUN/checkpoints/step-...) of another run, with its recipe as --set changes it.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 
 def pretrain(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+    ] = None,
     run: RunOption = None,
+    branch_from: BranchOption = None,
     overrides: SetOption = None,
     gpus: GpusOption = None,
     processes: ProcessesOption = None,
@@ -87,9 +98,22 @@ def pretrain(
 
     Example: mambatrain pretrain demo --run runs/demo --set training.total_tokens=2_000_000
     """
+    from mambatrain.errors import UserError
     from mambatrain.recipe import read_recipe
 
-    _train(read_recipe(recipe, overrides), recipe, None, run, gpus, processes, device, kernels, resume, tracker, quiet)
+    if branch_from is not None:
+        if recipe is not None or run is None:
+            raise UserError(
+                "--branch-from takes the recipe of the run it branches from, and a folder of its own",
+                "mambatrain pretrain --branch-from CHECKPOINT --run DIR --set schedule.kind=wsd ...",
+            )
+        from mambatrain.runs.branch import run_of
+
+        recipe = str(run_of(branch_from).recipe_file)
+    elif recipe is None:
+        raise UserError("there is no RECIPE", "`mambatrain recipes list` names the shipped ones")
+    read = read_recipe(recipe, overrides)
+    _train(read, recipe, None, run, gpus, processes, device, kernels, resume, tracker, quiet, branch_from)
 
 
 def finetune(
@@ -134,6 +158,7 @@ def _train(
     resume: bool | None,
     tracker: Tracker,
     quiet: bool,
+    branch_from: Path | None = None,
 ) -> None:
     from mambatrain.errors import UserError
     from mambatrain.launch import is_worker
@@ -153,7 +178,7 @@ def _train(
         chosen: Any = "cuda" if gpus else "cpu" if processes else device.value
         where = Where(chosen, kernels.value, tracker.value, quiet)
         mode: Any = {None: "if-possible", True: "required", False: "fresh"}[resume]
-        exit_code = run_training(recipe, folder, where, mode, stop, weights)
+        exit_code = run_training(recipe, folder, where, mode, stop, weights, branch_from)
         end_processes()
     # torchrun turns every worker's code into 1: one that stopped as asked leaves a marker in the run and ends with 0
     raise typer.Exit(0 if is_worker() else exit_code)

@@ -10,7 +10,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from mambatrain.recipe.data_section import DataSection, Stage, resolve_stages
-from mambatrain.recipe.section import Fraction, PositiveInt, Section
+from mambatrain.recipe.optimizer_section import OptimizerSection, ScheduleSection
+from mambatrain.recipe.section import PositiveInt, Section
 
 __all__ = [
     "CheckpointSection",
@@ -168,38 +169,6 @@ class TrainingSection(Section):
         return self
 
 
-class OptimizerSection(Section):
-    """AdamW; which parameters decay is the model's parameter table's to say."""
-
-    kind: Literal["adamw"] = "adamw"
-    """The only one so far."""
-    learning_rate: Annotated[float, Field(gt=0.0)]
-    """Peak learning rate."""
-    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Decay of the first moment."""
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    """Decay of the second moment."""
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    """Added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Decoupled; applied to projections and embedding alone."""
-
-
-class ScheduleSection(Section):
-    """The learning rate as a function of the step."""
-
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """cosine; wsd: warm-up, stable, linear decay; constant after the warm-up."""
-    warmup_fraction: Fraction = 0.05
-    """Fraction of all steps in which the rate rises linearly from 0."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """The same in steps; wins over warmup_fraction."""
-    decay_fraction: Fraction = 0.2
-    """wsd only: fraction of all steps in which the rate falls."""
-    final_fraction: Fraction = 0.05
-    """The last rate over the peak rate."""
-
-
 class EvaluationSection(Section):
     """Held-out loss during the run."""
 
@@ -240,6 +209,8 @@ class Recipe(Section):
             raise ValueError(f"training.tokens_per_step {tokens} is not a multiple of data.row_tokens {row}")
         if self.schedule.warmup_steps is not None and self.schedule.warmup_steps > self.total_steps:
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds {self.total_steps} steps")
+        if self.schedule.decay_steps is not None and self.schedule.decay_steps > self.total_steps:
+            raise ValueError(f"schedule.decay_steps {self.schedule.decay_steps} exceeds {self.total_steps} steps")
         stages = self.stages  # refuses what does not fit
         if tokens is None and any(stage.row_tokens != row for stage in stages):
             raise ValueError("data.stages with rows of another length need training.tokens_per_step, not rows_per_step")
@@ -277,3 +248,10 @@ class Recipe(Section):
         if self.schedule.warmup_steps is not None:
             return self.schedule.warmup_steps
         return round(self.schedule.warmup_fraction * self.total_steps)
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps at the end in which a wsd schedule falls."""
+        if self.schedule.decay_steps is not None:
+            return self.schedule.decay_steps
+        return max(1, round(self.schedule.decay_fraction * self.total_steps))

@@ -3,6 +3,7 @@
 RUN/recipe.yaml        the recipe with every setting spelled out
 RUN/run.json           where it ran: backend, precision, devices, versions, data digest
 RUN/tokenizer.json     the tokenizer of its data
+RUN/branched_from.json of a branch: the checkpoint it began with, and the settings that are others since
 RUN/log.jsonl          one JSON object a line: a step, or a held-out evaluation
 RUN/checkpoints/       step-00000100/, ...
 RUN/loss.png           drawn from log.jsonl
@@ -34,6 +35,7 @@ class RunFolder:
         self.recipe_file = path / "recipe.yaml"
         self.facts_file = path / "run.json"
         self.tokenizer_file = path / "tokenizer.json"
+        self.branch_file = path / "branched_from.json"
         self.log_file = path / "log.jsonl"
         self.checkpoints = path / "checkpoints"
         self.loss_picture = path / "loss.png"

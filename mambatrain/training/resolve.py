@@ -62,13 +62,17 @@ def read_facts(folder: RunFolder) -> dict[str, Any]:
     return facts
 
 
-def refuse_changed_origin(folder: RunFolder, data_digest: str, weights: Weights | None) -> None:
+def refuse_changed_origin(folder: RunFolder, facts: dict[str, Any], data_digest: str, weights: Weights | None) -> None:
     """A run goes on with the data and from the weights that it began with.
+
+    Args:
+        folder: for the message.
+        facts: run.json of the run, or of the one that it branches from.
+        data_digest, weights: what there is now.
 
     Raises:
         UserError: another digest than run.json recorded.
     """
-    facts = read_facts(folder)
     began_from = facts["started_from"]
     changed = {
         "the tokens of its data folder": (facts["data_digest"], data_digest),

@@ -11,6 +11,7 @@ from mambatrain.files import explaining_full_disk, write_text_whole
 from mambatrain.launch import EXIT_STOPPED, rank_of_process
 from mambatrain.recipe import Recipe, differing_settings, read_recipe, write_recipe
 from mambatrain.report.loss_picture import draw_loss
+from mambatrain.runs.branch import begin_branch, refuse_branch, refuse_other_branch, run_of
 from mambatrain.runs.checkpoint import (
     checkpoint_to_resume,
     list_checkpoints,
@@ -23,14 +24,20 @@ from mambatrain.runs.weights import Weights
 from mambatrain.training.assemble import Where, assemble, choose_parts, start_processes
 from mambatrain.training.loop import train
 from mambatrain.training.metrics import print_fact
-from mambatrain.training.resolve import refuse_changed_origin
+from mambatrain.training.resolve import read_facts, refuse_changed_origin
 from mambatrain.training.stop import StopRequest
 
 Resume = Literal["if-possible", "required", "fresh"]
 
 
 def run_training(
-    recipe: Recipe, path: Path, where: Where, resume: Resume, stop: StopRequest, weights: Weights | None = None
+    recipe: Recipe,
+    path: Path,
+    where: Where,
+    resume: Resume,
+    stop: StopRequest,
+    weights: Weights | None = None,
+    branch_from: Path | None = None,
 ) -> int:
     """Trains a recipe in a run folder, from where the folder's newest whole checkpoint left off.
 
@@ -42,6 +49,7 @@ def run_training(
             is there aside and begins.
         stop: entered by the caller, so that a signal while things are set up is a request, too.
         weights: what a new run starts from; None is the initialisation.
+        branch_from: the checkpoint of another run that a new run goes on from, with its recipe changed.
 
     Returns:
         0 when the last step is done, 75 when the run was asked to stop before.
@@ -61,14 +69,28 @@ def run_training(
         checkpoint = None if resume == "fresh" else checkpoint_to_resume(path, damaged)
         if checkpoint is None and resume == "required":
             raise UserError(f"{path} holds no whole checkpoint to resume from", "leave --resume out to begin a new run")
-        accelerator, resolved = start_processes(recipe, folder, where, fresh=checkpoint is None)
+        if is_main and branch_from is not None:
+            refuse_other_branch(branch_from, folder)
+        branching = branch_from if checkpoint is None else None
+        if is_main and branching is not None:
+            refuse_branch(branching, recipe)
+        origin = folder if branching is None else run_of(branching)
+        begins = checkpoint is None and branching is None
+        accelerator, resolved = start_processes(recipe, origin, where, fresh=begins)
         # All that can be refused is, before a file of the run is written: a typo must not leave a run behind.
         parts = choose_parts(recipe, where, accelerator, resolved, weights)
         if is_main:
-            if checkpoint is not None:
-                refuse_changed_origin(folder, parts.data.digest, weights)
-            _prepare_folder(recipe, folder, checkpoint, damaged, parts.data.tokenizer_file)
+            if not begins:
+                # A branch begins with a checkpoint; what the first run began with is in that run's own facts.
+                facts = read_facts(origin) | ({} if branching is None else {"started_from": None})
+                refuse_changed_origin(folder, facts, parts.data.digest, weights)
+            if branching is None:
+                _prepare_folder(recipe, folder, checkpoint, damaged, parts.data.tokenizer_file)
+            else:
+                begin_branch(branching, recipe, folder)
         accelerator.wait_for_everyone()
+        if branching is not None:
+            checkpoint = folder.checkpoints / branching.name
         run = assemble(recipe, folder, where, parts, checkpoint)
         stopped = False
         try:
@@ -161,6 +183,7 @@ def _move_aside(folder: RunFolder) -> None:
         folder.loss_picture,
         folder.stopped_marker,
         folder.tokenizer_file,
+        folder.branch_file,
         folder.path / "wandb",
         folder.recipe_file,
     )

@@ -84,6 +84,23 @@ def test_another_recipe_in_the_same_folder_is_refused_with_what_differs(
     assert list_checkpoints(run / "before-1"), "the earlier run was not kept"
 
 
+def test_a_branch_takes_its_recipe_from_the_run_it_leaves(
+    run_mambatrain: Run, write_tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe, run, branch = write_tiny_recipe(), tmp_path / "run", tmp_path / "branch"
+    assert run_mambatrain("pretrain", recipe, "--run", run, "--kernels", "torch").returncode == 0
+    checkpoint = list_checkpoints(run)[0]
+    options = ["--branch-from", checkpoint, "--kernels", "torch", "--set", "schedule.kind=linear"]
+    assert "a folder of its own" in run_mambatrain("pretrain", *options).stderr
+    assert "a folder of its own" in run_mambatrain("pretrain", recipe, "--run", branch, *options).stderr
+    refused = run_mambatrain("pretrain", "--run", branch, *options, "--set", "data.seed=9")
+    assert (refused.returncode, "data.seed: 3 -> 9" in refused.stderr) == (1, True), refused.stderr
+    done = run_mambatrain("pretrain", "--run", branch, *options, "--processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((branch / "branched_from.json").read_text())["changed"] == ["schedule.kind: cosine -> linear"]
+    assert read_log(branch / "log.jsonl")[-1]["step"] == 12
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_says_75_and_goes_on(
