@@ -50,8 +50,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.section = section
         self.backend = backend
-        self.checkpoint_activations = False
-        """Keep each block's input alone and compute the rest again in the backward pass."""
+        self.recompute_every = 0
+        """Of every so many blocks the last keeps its input alone, and computes the rest again in the backward pass."""
         # Filled by whoever builds the model; torch's own first values on a meta device would import its compiler (2 s).
         shape = section.padded_vocab_size, section.d_model
         self.embedding = nn.Embedding(*shape, _weight=torch.empty(shape))
@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
         states: list[BlockState] = []
         for index, layer in enumerate(self.layers):
             before = None if state is None else state[index]
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if self.recompute_every and (index + 1) % self.recompute_every == 0 and torch.is_grad_enabled():
                 residual, after = checkpoint(layer, residual, boundaries, before, use_reentrant=False)
             else:
                 residual, after = layer(residual, boundaries, before)

@@ -152,8 +152,8 @@ class TrainingSection(Section):
     """Rows a device holds at once; auto: chosen once from the device's memory, recorded, kept on resume."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """Of matrix products. auto: bf16 where the machine has it in hardware, else fp32. Parameters stay fp32 (fp64)."""
-    activation_checkpointing: Literal["none", "every_block"] = "none"
-    """every_block: keep each block's input only and compute the rest again in the backward pass."""
+    activation_checkpointing: Literal["none", "every_block"] | Annotated[int, Field(ge=2)] = "none"
+    """every_block: keep each block's input only and compute the rest again in the backward pass; k: every k-th's."""
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are scaled down to this norm."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -248,6 +248,12 @@ class Recipe(Section):
         if self.schedule.warmup_steps is not None:
             return self.schedule.warmup_steps
         return round(self.schedule.warmup_fraction * self.total_steps)
+
+    @property
+    def recompute_every(self) -> int:
+        """Every how many blocks one keeps its input only; 0: none does."""
+        asked = self.training.activation_checkpointing
+        return asked if isinstance(asked, int) else {"none": 0, "every_block": 1}[asked]
 
     @property
     def decay_steps(self) -> int:

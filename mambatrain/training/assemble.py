@@ -186,7 +186,7 @@ def build_model(
         model = LanguageModel(recipe.model, backend)
     model = model.to_empty(device=device)
     model.to(parameter_dtype(precision))
-    model.checkpoint_activations = recipe.training.activation_checkpointing == "every_block"
+    model.recompute_every = recipe.recompute_every
     if checkpoint is not None:
         fill_parameters(model, _read_tensors(checkpoint / MODEL_FILE))
     elif weights is not None:

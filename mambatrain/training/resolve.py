@@ -94,10 +94,9 @@ def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device) -> 
     """
     model = recipe.model
     per_layer = 2 * (40 * model.d_model + 20 * model.d_inner)
-    if recipe.training.activation_checkpointing == "every_block":
-        kept = model.num_layers * 4 * model.d_model + per_layer
-    else:
-        kept = model.num_layers * per_layer
+    recomputed = model.num_layers // recipe.recompute_every if recipe.recompute_every else 0
+    kept = (model.num_layers - recomputed) * per_layer + recomputed * 4 * model.d_model
+    kept += per_layer if recomputed else 0  # one block at a time is whole again
     states = 16 * count_parameters(model)["total"]  # weights, gradients, two moments
     room = max(0.0, 0.5 * (available_memory_bytes(device) - states))
     fitting = int(room // (kept * recipe.data.row_tokens))
