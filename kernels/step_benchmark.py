@@ -32,7 +32,7 @@ from mambatrain.models.parameters import initialise
 from mambatrain.ops.backends import choose_backend
 from mambatrain.recipe import Recipe, read_recipe
 from mambatrain.training.objective import NextTokenLoss
-from mambatrain.training.optimizer import build_optimizer
+from mambatrain.training.optimizer import build_optimizers
 
 Step = Callable[[], None]
 
@@ -41,7 +41,7 @@ def our_step(recipe: Recipe, kernels: str, bf16: bool) -> Callable[[torch.Tensor
     """Forward, backward, clipping and update as the training loop does them, of tokens (rows, length + 1)."""
     model = LanguageModel(recipe.model, choose_backend(kernels, torch.device("cpu")))
     initialise(model, recipe.model, 0)
-    objective, optimizer = NextTokenLoss(model), build_optimizer(model, recipe.optimizer)
+    objective, (optimizer,) = NextTokenLoss(model), build_optimizers(model, recipe.optimizer)
 
     def step(tokens: torch.Tensor) -> None:
         inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()

@@ -37,6 +37,8 @@ class ParameterRow:
     fill: Fill
     """Fills an fp32 CPU tensor, drawing from the generator."""
     exists: Callable[[ModelSection], bool] = lambda section: True
+    is_matrix: bool = False
+    """Whether it is a projection inside a block, for Muon to orthogonalise; Mamba-1's `A_log` is 2-D and is none."""
 
 
 def _fill_by_fan_in(tensor: Tensor, section: ModelSection, generator: torch.Generator) -> None:
@@ -78,8 +80,8 @@ def _fill_embedding(tensor: Tensor, section: ModelSection, generator: torch.Gene
     tensor.normal_(std=0.02, generator=generator)
 
 
-def _projection(shape: Shape, exists: Callable[[ModelSection], bool] = lambda section: True) -> ParameterRow:
-    return ParameterRow(shape, True, False, "U(+-fan_in^-1/2)", _fill_by_fan_in, exists)
+def _projection(shape: Shape) -> ParameterRow:
+    return ParameterRow(shape, True, False, "U(+-fan_in^-1/2)", _fill_by_fan_in, is_matrix=True)
 
 
 def _proj_bias(shape: Shape) -> ParameterRow:
@@ -97,7 +99,7 @@ def _dt_bias(shape: Shape) -> ParameterRow:
 
 def _out_proj() -> ParameterRow:
     words = "U(+-fan_in^-1/2) / sqrt(num_layers)"
-    return ParameterRow(lambda s: (s.d_model, s.d_inner), True, False, words, _fill_out_proj)
+    return ParameterRow(lambda s: (s.d_model, s.d_inner), True, False, words, _fill_out_proj, is_matrix=True)
 
 
 def _convolution(channels: Callable[[ModelSection], int]) -> dict[str, ParameterRow]:
@@ -146,7 +148,9 @@ _MAMBA2 = {
 _MIXERS = {"mamba1": _MAMBA1, "mamba2": _MAMBA2}
 _EMBEDDING = ParameterRow(lambda s: (s.padded_vocab_size, s.d_model), True, False, "N(0, 0.02)", _fill_embedding)
 _NORM = _ones(lambda s: (s.d_model,))
-_HEAD = _projection(lambda s: (s.padded_vocab_size, s.d_model), exists=lambda s: not s.tie_embeddings)
+_HEAD = ParameterRow(
+    _EMBEDDING.shape, True, False, "U(+-fan_in^-1/2)", _fill_by_fan_in, exists=lambda s: not s.tie_embeddings
+)
 
 
 def parameter_rows(section: ModelSection) -> dict[str, ParameterRow]:

@@ -8,12 +8,14 @@ from pydantic import Field, model_validator
 
 from mambatrain.recipe.section import Fraction, PositiveInt, Section
 
+MAX_NARROW_BETA = 0.99  # a moment kept in bf16 (8 significant bits) must be able to shrink
+
 
 class OptimizerSection(Section):
-    """AdamW; which parameters decay is the model's parameter table's to say."""
+    """What makes updates of gradients; which parameters decay is the model's parameter table's to say."""
 
-    kind: Literal["adamw"] = "adamw"
-    """The only one so far."""
+    kind: Literal["adamw", "muon", "schedule_free"] = "adamw"
+    """muon: of the blocks' projections, AdamW of the rest. schedule_free: AdamW whose average is what counts."""
     learning_rate: Annotated[float, Field(gt=0.0)]
     """Peak learning rate."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -24,6 +26,27 @@ class OptimizerSection(Section):
     """Added to the denominator."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """Decoupled; applied to projections and embedding alone."""
+    muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """muon only: decay of the momentum of the projections."""
+    state_precision: Literal["full", "bf16"] = "full"
+    """adamw only: of the two moments. full: as the parameters; bf16: half the memory, betas of at most 0.99."""
+
+    @model_validator(mode="after")
+    def check_kind(self) -> Self:
+        if self.kind != "muon" and self.muon_momentum != type(self).model_fields["muon_momentum"].default:
+            raise ValueError(f"muon_momentum belongs to muon, not to {self.kind}; remove it")
+        if self.kind == "schedule_free" and self.beta1 == 0.0:
+            raise ValueError("beta1 0 leaves schedule_free no average to keep; 0.9 is usual")
+        if self.state_precision == "bf16":
+            if self.kind != "adamw":
+                raise ValueError(f"state_precision bf16 belongs to adamw, not to {self.kind}")
+            for name in ("beta1", "beta2"):
+                if getattr(self, name) > MAX_NARROW_BETA:
+                    raise ValueError(
+                        f"{name} {getattr(self, name)} needs moments of full precision: what shrinks by less than "
+                        f"2^-8 a step rounds back in bf16; lower it to {MAX_NARROW_BETA}"
+                    )
+        return self
 
 
 class ScheduleSection(Section):

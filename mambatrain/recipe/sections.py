@@ -211,6 +211,8 @@ class Recipe(Section):
             raise ValueError(f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds {self.total_steps} steps")
         if self.schedule.decay_steps is not None and self.schedule.decay_steps > self.total_steps:
             raise ValueError(f"schedule.decay_steps {self.schedule.decay_steps} exceeds {self.total_steps} steps")
+        if self.optimizer.kind == "schedule_free" and self.schedule.kind != "constant":
+            raise ValueError(f"schedule_free has no schedule: set schedule.kind to constant, not {self.schedule.kind}")
         stages = self.stages  # refuses what does not fit
         if tokens is None and any(stage.row_tokens != row for stage in stages):
             raise ValueError("data.stages with rows of another length need training.tokens_per_step, not rows_per_step")

@@ -1,7 +1,7 @@
 """Checkpoints: everything to resume, written whole, checked before it is trusted, free of code.
 
     step-00000100/model.safetensors        parameters by name
-    step-00000100/optimizer.safetensors    PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step
+    step-00000100/optimizer.safetensors    PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step; others of others
     step-00000100/progress.json            step, draw, counts, lines of the log
     step-00000100/manifest.json            size and SHA-256 of the other files; written last
 

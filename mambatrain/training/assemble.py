@@ -35,7 +35,7 @@ from mambatrain.runs.weights import Weights
 from mambatrain.training.loop import TrainingRun
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
 from mambatrain.training.objective import NextTokenLoss
-from mambatrain.training.optimizer import build_optimizer, restore_optimizer
+from mambatrain.training.optimizer import build_optimizers, restore_optimizer
 from mambatrain.training.resolve import Resolved, resolve
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
     accelerator, resolved, data = parts.accelerator, parts.resolved, parts.data
     model = build_model(recipe, parts.backend, accelerator.device, resolved.precision, checkpoint, parts.weights)
     objective = NextTokenLoss(model)
-    optimizer = build_optimizer(model, recipe.optimizer)
+    optimizers = build_optimizers(model, recipe.optimizer)
     progress = Progress()
     if checkpoint is not None:
-        restore_optimizer(optimizer, model, _read_tensors(checkpoint / OPTIMIZER_FILE))
+        restore_optimizer(optimizers, model, _read_tensors(checkpoint / OPTIMIZER_FILE))
         progress = read_progress(checkpoint)
     facts = describe_run(recipe, parts)
     tracker = None
@@ -117,7 +117,7 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
         accelerator=accelerator,
         objective=objective,
         prepared=accelerator.prepare(objective),
-        optimizer=optimizer,
+        optimizers=optimizers,
         order=data.order,
         held_out=data.held_out,
         micro_batch_rows=resolved.micro_batch_rows,

@@ -18,8 +18,9 @@ from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
 from mambatrain.files import explaining_full_disk
 from mambatrain.runs.checkpoint import Progress, prune_checkpoints, save_checkpoint
 from mambatrain.training.guards import find_fault, refuse_endless_skipping
-from mambatrain.training.optimizer import optimizer_tensors, set_learning_rate
+from mambatrain.training.optimizer import Optimizers, optimizer_tensors, set_learning_rate
 from mambatrain.training.schedule import learning_rate_at
+from mambatrain.training.schedule_free import evaluated_weights
 from mambatrain.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class TrainingRun:
     """The module itself; its parameters are those of the model."""
     prepared: torch.nn.Module
     """The objective as Accelerate wrapped it: autocast, and DDP where there are several processes."""
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     order: TrainingOrder
     held_out: HeldOutBatches | None
     micro_batch_rows: int
@@ -85,17 +86,18 @@ def train(run: TrainingRun, stop: StopRequest) -> bool:
         while progress.step < recipe.total_steps:
             started = time.perf_counter()
             learning_rate = learning_rate_at(progress.step, recipe)
-            set_learning_rate(run.optimizer, learning_rate)
+            set_learning_rate(run.optimizers, learning_rate)
             draw = compute_gradients(run, stop)
             fault = find_fault(draw.loss, draw.gradient_norm, draw.num_targets)
             if fault is None:
-                run.optimizer.step()
+                for optimizer in run.optimizers:
+                    optimizer.step()
                 progress.step += 1
                 progress.tokens_seen += draw.num_targets
                 progress.skipped_in_a_row = 0
             else:
                 progress.skipped_in_a_row += 1
-            run.optimizer.zero_grad(set_to_none=True)
+            run.prepared.zero_grad(set_to_none=True)
             progress.draw += 1
             write_draw(run, draw, fault, learning_rate, time.perf_counter() - started)
             if fault is not None:
@@ -154,7 +156,7 @@ def evaluate_held_out(run: TrainingRun) -> bool:
         return False
     accelerator, progress = run.accelerator, run.progress
     share = run.held_out.micro_batches(run.micro_batch_rows, accelerator.process_index, accelerator.num_processes)
-    with accelerator.autocast():
+    with accelerator.autocast(), evaluated_weights(run.optimizers):
         own = measure_held_out(run.objective.model, (batch.to(accelerator.device) for batch in share), None)
     nats, num_targets = sum_over_ranks(run, torch.tensor([own.nats, own.num_targets], dtype=torch.float64)).tolist()
     loss = HeldOutLoss(nats, int(num_targets), run.held_out.num_bytes)
@@ -181,10 +183,10 @@ def save(run: TrainingRun) -> None:
     """Writes a checkpoint on rank 0 while the others wait, and removes those the recipe does not keep."""
     if run.accelerator.is_main_process:
         run.reporter.sync()
-        model = {name: value.detach() for name, value in run.objective.model.named_parameters()}
-        save_checkpoint(
-            run.folder.checkpoints, run.progress, model, optimizer_tensors(run.optimizer, run.objective.model)
-        )
+        with evaluated_weights(run.optimizers):
+            model = {name: value.detach() for name, value in run.objective.model.named_parameters()}
+            state = optimizer_tensors(run.optimizers, run.objective.model)
+            save_checkpoint(run.folder.checkpoints, run.progress, model, state)
         prune_checkpoints(run.folder.path, run.recipe.checkpoint, run.progress.best_step)
     run.accelerator.wait_for_everyone()
 

@@ -26,6 +26,13 @@ CASES: dict[str, dict[str, Any]] = {
     "mamba2-fp32": {"model__block": "mamba2", "model__head_dim": 16, "model__tie_embeddings": False},
     "accumulated-fp64": {"training__precision": "fp64", "training__micro_batch_rows": 1, "training__rows_per_step": 8},
     "recomputed-fp64": {"training__precision": "fp64", "training__activation_checkpointing": "every_block"},
+    "muon-fp64": {"training__precision": "fp64", "optimizer__kind": "muon"},
+    "schedule-free-fp64": {
+        "training__precision": "fp64",
+        "optimizer__kind": "schedule_free",
+        "schedule": {"kind": "constant"},
+    },
+    "narrow-fp64": {"training__precision": "fp64", "optimizer__state_precision": "bf16"},
 }
 # Two sources, the second a bare pair; within the run, behind step 4, the rows become shorter and the shares change.
 CASES["mixture-fp64"] = {
@@ -100,8 +107,11 @@ def write_case(file: Path, shards: Path, changes: dict[str, Any]) -> Path:
         "checkpoint": {"every_steps": 4, "keep_newest": 9},
     }
     for path, value in changes.items():
-        section, field = path.split("__")
-        content[section][field] = value
+        section, _, field = path.partition("__")
+        if field:
+            content[section][field] = value
+        else:
+            content[section] = value
     file.write_text(yaml.safe_dump(content).replace("{shards}", str(shards)))
     return file
 
