@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: stopped as asked, and resumable
 WORKER_VARIABLE = "MAMBATRAIN_WORKER"
 _SIGNALS_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -38,7 +39,8 @@ def launch_workers(arguments: list[str], num_processes: int, stopped_marker: Pat
     """Runs `mambatrain ARGUMENTS` in processes of this machine and returns the exit code for the shell.
 
     SIGTERM, SIGINT, SIGHUP and SIGUSR1 to this process are handed to the workers as SIGTERM, which asks them to save
-    and stop; they run in a session of their own, so that a terminal's Ctrl-C reaches them through here alone.
+    and stop; they run in a session of their own, so that a terminal's Ctrl-C reaches them through here alone. The
+    second signal ends them as they are: a worker that waits for another one would not hear a second request.
     """
     import psutil
 
@@ -49,12 +51,15 @@ def launch_workers(arguments: list[str], num_processes: int, stopped_marker: Pat
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     command = [sys.executable, "-m", "mambatrain.launch", f"--nproc-per-node={num_processes}", "--standalone"]
     torchrun: list[subprocess.Popen[bytes]] = []
+    asked = 0
 
     def pass_on(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
         for process in torchrun:
             with suppress(psutil.NoSuchProcess):
                 for worker in psutil.Process(process.pid).children() or [process]:
-                    worker.send_signal(signal.SIGTERM)
+                    worker.send_signal(signal.SIGTERM if asked == 1 else signal.SIGKILL)
 
     previous = {number: signal.signal(number, pass_on) for number in _SIGNALS_PASSED_ON}
     try:
@@ -64,6 +69,9 @@ def launch_workers(arguments: list[str], num_processes: int, stopped_marker: Pat
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if asked > 1:
+        print("left at once; the newest checkpoint is whole", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if exit_code != 0:
         return 1
     return EXIT_STOPPED if stopped_marker.is_file() else 0

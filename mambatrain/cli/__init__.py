@@ -29,8 +29,8 @@ from mambatrain.cli.tokens import tokenize
 from mambatrain.cli.train import finetune, pretrain
 from mambatrain.errors import UserError
 from mambatrain.files import FULL_DISK
+from mambatrain.launch import EXIT_INTERRUPTED
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 SECONDS_BEFORE_OTHER_PROCESSES_SPEAK = 5
 
 app = typer.Typer(

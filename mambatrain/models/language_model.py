@@ -39,6 +39,11 @@ class Layer(nn.Module):
         y, state = self.mixer(u, boundaries, state)
         return residual + y, state
 
+    def step_sizes(self, residual: Tensor, boundaries: Tensor | None = None) -> Tensor:
+        """delta of every token (B, L, E for Mamba-1; B, L, H for Mamba-2): how much of it is written, to look at."""
+        u = self.norm(residual).to(self.mixer.in_proj.weight.dtype)
+        return self.mixer.step_sizes(u, boundaries)
+
 
 class LanguageModel(nn.Module):
     """Tokens in, logits out, with the recurrent state as an argument and a result.

@@ -82,6 +82,15 @@ class Mamba1(nn.Module):
         )  # (B, L, E)
         return self.out_proj(y), BlockState(window, h)
 
+    def step_sizes(self, u: Tensor, boundaries: Tensor | None = None) -> Tensor:
+        """delta (B, L, E) of a sequence that starts from nothing, as the scan in `forward` has it."""
+        x = self.in_proj(u)[..., : self.E]
+        x, _ = self.backend.causal_conv(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, boundaries=boundaries, initial_window=None
+        )
+        dt = F.linear(self.x_proj(x)[..., : self.R], self.dt_proj.weight)
+        return F.softplus(dt.to(self.dt_proj.bias.dtype) + self.dt_proj.bias)
+
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> BlockState:
         """The empty memory: (B, W - 1, E) and (B, E, N)."""
         return BlockState(

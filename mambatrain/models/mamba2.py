@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mambatrain.models.norms import GatedRMSNorm
 from mambatrain.models.parameters import conv_channels, require_full_precision
@@ -73,6 +74,10 @@ class Mamba2(nn.Module):
             initial_state=h,
         )  # (B, L, H, P)
         return self.out_proj(self.norm(y.flatten(-2), z)), BlockState(window, h)
+
+    def step_sizes(self, u: Tensor, boundaries: Tensor | None = None) -> Tensor:
+        """delta (B, L, H), as the scan in `forward` has it; what came before (`boundaries`) plays no part in it."""
+        return F.softplus(self.in_proj(u)[..., -self.H :].to(self.dt_bias.dtype) + self.dt_bias)
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> BlockState:
         """The empty memory: (B, W - 1, E + 2 G N) and (B, H, P, N)."""

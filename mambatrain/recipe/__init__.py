@@ -14,6 +14,7 @@ from mambatrain.recipe.files import (
 from mambatrain.recipe.sections import (
     CheckpointSection,
     EvaluationSection,
+    GuardsSection,
     ModelSection,
     OptimizerSection,
     Recipe,
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointSection",
     "DataSection",
     "EvaluationSection",
+    "GuardsSection",
     "ModelSection",
     "OptimizerSection",
     "Recipe",

@@ -56,6 +56,10 @@ class DataSection(Section):
     """Key of the permutation of windows."""
     stages: list[StageSection] = Field(default_factory=list)
     """Curriculum: `{from_tokens, sources, row_tokens}` of each change, in their order."""
+    skip_draws: list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]] = Field(
+        default_factory=list
+    )
+    """Draws that are passed over, `[first, last]` each, as the log counts them; their data is not trained on."""
     held_out: str | None = None
     """Whose held-out documents are measured (all documents of a pair); null: those of the first source."""
 
@@ -69,6 +73,9 @@ class DataSection(Section):
                 raise ValueError(f"{place} name {twice} twice")
             if len({source.weight is None for source in sources}) > 1:
                 raise ValueError(f"{place} mix weights and budgets of tokens; give one kind")
+        for first, last in self.skip_draws:
+            if last < first:
+                raise ValueError(f"skip_draws holds [{first}, {last}], which ends before it begins")
         starts = [stage.from_tokens for stage in self.stages]
         if starts != sorted(set(starts)):
             raise ValueError(f"stages must begin one after the other, not at {', '.join(map(str, starts))} tokens")

@@ -10,12 +10,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from mambatrain.recipe.data_section import DataSection, Stage, resolve_stages
+from mambatrain.recipe.guards_section import GuardsSection
 from mambatrain.recipe.optimizer_section import OptimizerSection, ScheduleSection
 from mambatrain.recipe.section import PositiveInt, Section
 
 __all__ = [
     "CheckpointSection",
     "EvaluationSection",
+    "GuardsSection",
     "ModelSection",
     "OptimizerSection",
     "Recipe",
@@ -187,6 +189,8 @@ class CheckpointSection(Section):
     """Checkpoints kept, counted from the newest."""
     keep_best: bool = True
     """Also keep the one with the lowest held-out loss."""
+    keep_every: PositiveInt | None = None
+    """Also keep every k-th of those at the interval, for ever; null: none."""
 
 
 class Recipe(Section):
@@ -201,6 +205,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    guards: GuardsSection = GuardsSection()
 
     @model_validator(mode="after")
     def check_batch(self) -> Self:

@@ -24,6 +24,7 @@ from mambatrain.runs.folder import RunFolder, read_log
 MAY_DIFFER = (
     "schedule.",
     "checkpoint.",
+    "guards.",
     "evaluation.every_steps",
     "optimizer.learning_rate",
     "optimizer.beta1",
@@ -75,8 +76,13 @@ def refuse_branch(checkpoint: Path, recipe: Recipe) -> None:
     origin = run_of(checkpoint)
     if (damage := find_damage(checkpoint)) is not None:
         raise UserError(f"{checkpoint} is not whole: {damage}", f"`mambatrain runs verify {origin.path}` names others")
-    differing = differing_settings(read_recipe(str(origin.recipe_file)), recipe)
+    before = read_recipe(str(origin.recipe_file))
+    differing = differing_settings(before, recipe)
     refused = [line for line in differing if not line.startswith(MAY_DIFFER)]
+    if _skipped_before(read_progress(checkpoint).draw, before) == _skipped_before(
+        read_progress(checkpoint).draw, recipe
+    ):
+        refused = [line for line in refused if not line.startswith("data.skip_draws:")]
     if refused:
         raise UserError(
             f"a branch of {checkpoint} cannot change what its past or its next data mean:\n"
@@ -89,6 +95,10 @@ def refuse_branch(checkpoint: Path, recipe: Recipe) -> None:
             f"the branch would end at step {recipe.total_steps:,}, and begins at step {step_of(checkpoint):,}",
             "--set training.total_steps (or total_tokens) counts from the first run's beginning: set it higher",
         )
+
+
+def _skipped_before(draw: int, recipe: Recipe) -> set[int]:
+    return {n for first, last in recipe.data.skip_draws for n in range(first, min(last + 1, draw))}
 
 
 def refuse_other_branch(checkpoint: Path, folder: RunFolder) -> None:

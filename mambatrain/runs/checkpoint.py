@@ -11,10 +11,11 @@ A checkpoint is written under a temporary name and renamed when all of it is on 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,21 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "progress.json"
 MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Running:
+    """What some number has been over the last applied draws."""
+
+    count: int = 0
+    """Draws it stands for; at most `guards.memory_draws`."""
+    mean: float = 0.0
+    variance: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation."""
+        return math.sqrt(self.variance)
 
 
 @dataclass
@@ -51,6 +67,10 @@ class Progress:
     """That loss, in nats per token."""
     log_lines: int = 0
     """Lines of log.jsonl that belong to this point."""
+    held_out_pending: bool = False
+    """Whether a held-out evaluation of this point was due and was cut short by a request to stop."""
+    running: dict[str, Running] = field(default_factory=dict)
+    """Of the loss and the gradient norm of applied draws: what a draw is judged by."""
 
 
 def save_checkpoint(
@@ -176,13 +196,16 @@ def newest_valid_checkpoint(run: Path, damaged: list[str] | None = None) -> Path
 
 def read_progress(checkpoint: Path) -> Progress:
     """Where the run was."""
-    return Progress(**json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
+    read = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+    return Progress(**read | {"running": {what: Running(**values) for what, values in read.get("running", {}).items()}})
 
 
 def prune_checkpoints(run: Path, keep: CheckpointSection, best_step: int | None) -> None:
     """Removes those that the recipe does not keep; a removal that is cut short leaves no checkpoint's name."""
     for checkpoint in list_checkpoints(run)[: -keep.keep_newest]:
-        if not (keep.keep_best and step_of(checkpoint) == best_step):
+        step = step_of(checkpoint)
+        for_ever = keep.keep_every is not None and step % (keep.keep_every * keep.every_steps) == 0
+        if not (for_ever or (keep.keep_best and step == best_step)):
             doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
             shutil.rmtree(doomed, ignore_errors=True)
             checkpoint.replace(doomed)

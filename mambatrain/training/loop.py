@@ -6,7 +6,8 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,15 @@ from mambatrain.devices import peak_memory_bytes
 from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
 from mambatrain.files import explaining_full_disk
 from mambatrain.runs.checkpoint import Progress, prune_checkpoints, save_checkpoint
-from mambatrain.training.guards import find_fault, refuse_endless_skipping
+from mambatrain.training.guards import (
+    find_fault,
+    first_draw_not_skipped,
+    name_documents,
+    name_gradients,
+    refuse_endless_skipping,
+    take_note,
+)
+from mambatrain.training.health import health_is_due, write_health
 from mambatrain.training.optimizer import Optimizers, optimizer_tensors, set_learning_rate
 from mambatrain.training.schedule import learning_rate_at
 from mambatrain.training.schedule_free import evaluated_weights
@@ -81,28 +90,38 @@ def train(run: TrainingRun, stop: StopRequest) -> bool:
     recipe, progress = run.recipe, run.progress
     with explaining_full_disk(f"the log of {run.folder.path}"):
         if progress.draw == 0:
-            evaluate_held_out(run)
+            evaluate_held_out(run, stop)
+        elif progress.held_out_pending:  # an earlier life was asked to stop in the middle of it
+            evaluate_held_out(run, stop)
+            save(run)
         saved_step = progress.step if progress.draw else -1
-        while progress.step < recipe.total_steps:
+        while progress.step < recipe.total_steps and not progress.held_out_pending:
             started = time.perf_counter()
+            pass_over_draws(run)
             learning_rate = learning_rate_at(progress.step, recipe)
             set_learning_rate(run.optimizers, learning_rate)
             draw = compute_gradients(run, stop)
-            fault = find_fault(draw.loss, draw.gradient_norm, draw.num_targets)
+            fault = find_fault(draw.loss, draw.gradient_norm, draw.num_targets, progress.running, recipe.guards)
+            blamed = [] if fault is None else name_gradients(run.objective.model)
             if fault is None:
+                if health_is_due(run):
+                    write_health(run, draw)
                 for optimizer in run.optimizers:
                     optimizer.step()
                 progress.step += 1
                 progress.tokens_seen += draw.num_targets
                 progress.skipped_in_a_row = 0
+                take_note(progress.running, draw.loss, draw.gradient_norm, recipe.guards)
             else:
                 progress.skipped_in_a_row += 1
             run.prepared.zero_grad(set_to_none=True)
             progress.draw += 1
-            write_draw(run, draw, fault, learning_rate, time.perf_counter() - started)
+            write_draw(run, draw, fault, blamed, learning_rate, time.perf_counter() - started)
             if fault is not None:
-                refuse_endless_skipping(progress.skipped_in_a_row, progress.draw - 1, fault)
-            improved = fault is None and is_due(recipe.evaluation.every_steps, run) and evaluate_held_out(run)
+                refuse_endless_skipping(
+                    progress.skipped_in_a_row, progress.draw - 1, fault, blamed, run.order, recipe.guards
+                )
+            improved = fault is None and is_due(recipe.evaluation.every_steps, run) and evaluate_held_out(run, stop)
             save_is_due = fault is None and is_due(recipe.checkpoint.every_steps, run)
             if save_is_due or (improved and recipe.checkpoint.keep_best):
                 save(run)
@@ -111,7 +130,17 @@ def train(run: TrainingRun, stop: StopRequest) -> bool:
                 break
         if saved_step != progress.step:
             save(run)
-    return progress.step < recipe.total_steps
+    return progress.step < recipe.total_steps or progress.held_out_pending
+
+
+def pass_over_draws(run: TrainingRun) -> None:
+    """Goes on to the next draw that `data.skip_draws` does not name, and says so in the log."""
+    progress = run.progress
+    first, progress.draw = progress.draw, first_draw_not_skipped(progress.draw, run.recipe.data.skip_draws)
+    if progress.draw > first:
+        progress.log_lines += 1
+        line = {"event": "passed_over", "step": progress.step, "draw": first, "last_draw": progress.draw - 1}
+        run.reporter.write_event(line)
 
 
 def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
@@ -136,7 +165,10 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
             # DDP averages over ranks; we want the sum, hence the factor.
             accelerator.backward(loss * (accelerator.num_processes / max(num_targets, 1)))
         loss_sum += loss.detach()
-    gradient_norm = accelerator.clip_grad_norm_(run.prepared.parameters(), run.recipe.training.clip_norm)
+    parameters = [parameter for parameter in run.prepared.parameters() if parameter.grad is not None]
+    gradient_norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+    if torch.isfinite(gradient_norm):  # else clipping would spread NaN over the gradients that are not to blame
+        torch.nn.utils.clip_grads_with_norm_(parameters, run.recipe.training.clip_norm, gradient_norm)
     # One reduction for all that the ranks must agree on.
     total, norm, asked = sum_over_ranks(
         run, torch.tensor([loss_sum.item(), float(gradient_norm), float(stop.asked)], dtype=torch.float64)
@@ -150,15 +182,24 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
     )
 
 
-def evaluate_held_out(run: TrainingRun) -> bool:
-    """Measures the held-out loss, writes it to the log, and says whether it is the best so far."""
+def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
+    """Measures the held-out loss, writes it to the log, and says whether it is the best so far.
+
+    Where a rank is asked to stop meanwhile, nothing is measured, and `held_out_pending` says that it is still to be.
+    """
     if run.held_out is None:
         return False
     accelerator, progress = run.accelerator, run.progress
     share = run.held_out.micro_batches(run.micro_batch_rows, accelerator.process_index, accelerator.num_processes)
     with accelerator.autocast(), evaluated_weights(run.optimizers):
-        own = measure_held_out(run.objective.model, (batch.to(accelerator.device) for batch in share), None)
-    nats, num_targets = sum_over_ranks(run, torch.tensor([own.nats, own.num_targets], dtype=torch.float64)).tolist()
+        unless_asked = takewhile(lambda batch: not stop.asked, share)
+        own = measure_held_out(run.objective.model, (batch.to(accelerator.device) for batch in unless_asked), None)
+    nats, num_targets, asked = sum_over_ranks(
+        run, torch.tensor([own.nats, own.num_targets, float(stop.asked)], dtype=torch.float64)
+    ).tolist()
+    progress.held_out_pending = asked > 0
+    if progress.held_out_pending:
+        return False
     loss = HeldOutLoss(nats, int(num_targets), run.held_out.num_bytes)
     run.progress.log_lines += 1
     run.reporter.write_held_out(
@@ -191,7 +232,9 @@ def save(run: TrainingRun) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def write_draw(run: TrainingRun, draw: Draw, fault: str | None, learning_rate: float, seconds: float) -> None:
+def write_draw(
+    run: TrainingRun, draw: Draw, fault: str | None, blamed: list[str], learning_rate: float, seconds: float
+) -> None:
     """The draw's JSON line. Skipped draws have no loss in it: NaN is not JSON."""
     progress = run.progress
     tokens_per_second = draw.num_targets / seconds
@@ -216,7 +259,8 @@ def write_draw(run: TrainingRun, draw: Draw, fault: str | None, learning_rate: f
         line["source_epochs"] = run.order.drawn_until(progress.draw)
         line["source_rows"] = run.order.rows_by_source(progress.draw - 1)
     if fault is not None:
-        line["reason"] = fault
+        line["reason"], line["gradients"] = fault, blamed
+        line["documents"] = name_documents(run.order, [progress.draw - 1])
         run.reporter.say(f"draw {progress.draw - 1} was skipped: {fault}")
     progress.log_lines += 1
     run.reporter.write_step(line, run.recipe.training.log_every_steps)

@@ -119,6 +119,10 @@ class RunReporter:
         self._write(line)
         self._live.show_held_out(line["step"], line["held_out_bits_per_byte"], line["held_out_loss"])
 
+    def write_event(self, line: dict[str, Any]) -> None:
+        """A JSON line that the screen does not show."""
+        self._write(line)
+
     def say(self, text: str) -> None:
         self._live.say(text)
 

@@ -94,7 +94,7 @@ def run_training(
         run = assemble(recipe, folder, where, parts, checkpoint)
         stopped = False
         try:
-            if run.progress.step >= recipe.total_steps:
+            if run.progress.step >= recipe.total_steps and not run.progress.held_out_pending:
                 run.reporter.say(f"{path} is finished: {run.progress.step:,} steps are done")
             else:
                 stopped = train(run, stop)

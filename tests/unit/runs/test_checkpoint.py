@@ -85,6 +85,14 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [folder.name[-1] for folder in list_checkpoints(tmp_path)] == ["5"]
 
 
+def test_every_kth_of_the_interval_is_kept_for_ever(tmp_path: Path) -> None:
+    for step in (3, 4, 8, 9, 12, 16, 20):
+        save(tmp_path, step)
+    keep = CheckpointSection(every_steps=4, keep_newest=1, keep_best=True, keep_every=2)
+    prune_checkpoints(tmp_path, keep, best_step=9)
+    assert [int(folder.name[5:]) for folder in list_checkpoints(tmp_path)] == [8, 9, 16, 20]
+
+
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
     suffixes = {file.suffix for file in save(tmp_path, 1).iterdir()}
     assert suffixes == {".safetensors", ".json"}

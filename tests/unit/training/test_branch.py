@@ -105,6 +105,15 @@ def test_what_would_change_the_meaning_is_refused_by_name(origin: Path, tmp_path
     assert not RunFolder(tmp_path / "branch").exists(), "a typo left a run behind"
 
 
+def test_a_branch_may_pass_over_draws_to_come_and_none_of_the_past(origin: Path, tmp_path: Path) -> None:
+    checkpoint = list_checkpoints(origin)[1]
+    train(changed(origin, "data.skip_draws=[[8,9]]"), tmp_path / "branch", checkpoint)
+    draws = [line["draw"] for line in read_log(tmp_path / "branch" / "log.jsonl") if line["event"] == "step"]
+    assert draws == [*range(8), *range(10, 14)]
+    with pytest.raises(UserError, match=r"data\.skip_draws"):
+        train(changed(origin, "data.skip_draws=[[7,9]]"), tmp_path / "other", checkpoint)
+
+
 def test_places_that_do_not_fit_are_refused(origin: Path, tmp_path: Path) -> None:
     checkpoint = list_checkpoints(origin)[1]
     with pytest.raises(UserError, match="would end at step 8"):
