@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from mambatrain.data.staging import only_writer_of
 from mambatrain.errors import UserError
 from mambatrain.files import sha256_of, write_errors_named, write_json_whole
 
@@ -67,8 +68,7 @@ def write_corpus(
         record = json.loads(record_file.read_bytes())
         print(f"{out} was already written; it is used as it is")
     else:
-        with write_errors_named(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
+        with write_errors_named(out), only_writer_of(out):
             record = {"about": asdict(about), "options": options, **_write_rows(out, rows(), expected_documents)}
             write_json_whole(record_file, record)
     print(f"documents  {record['num_documents']:,}")

@@ -5,13 +5,49 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from mambatrain.errors import UserError
 from mambatrain.files import fsync_folder
+
+
+@contextmanager
+def only_writer_of(out: str | Path) -> Iterator[None]:
+    """Keeps other processes from writing a file or a folder meanwhile, by `.NAME.lock` beside it.
+
+    Raises:
+        UserError: another process is writing it.
+    """
+    place = Path(os.path.realpath(out))
+    lock_file = place.with_name(f".{place.name}.lock")
+    lock = _take_lock(lock_file, out)
+    try:
+        yield
+    finally:
+        lock_file.unlink()
+        os.close(lock)
+
+
+def _take_lock(lock_file: Path, out: str | Path) -> int:
+    """The descriptor of the locked file."""
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            hint = "wait for it, or name another --out"
+            raise UserError(f"{out} is being written by another process", hint) from None
+        # Whoever had the lock before may have removed its file since it was opened here.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), lock_file.stat()):
+                return lock
+        os.close(lock)
 
 
 class StagedFolder:
@@ -33,11 +69,10 @@ class StagedFolder:
         self.path = self._beside("partial")
         self.work = self._beside("work")
         self._old = self._beside("old")
-        self._lock_file = self._beside("lock")
-        self._lock = -1
+        self._lock = only_writer_of(self.out)
 
     def __enter__(self) -> Self:
-        self._lock = self._take_lock()
+        self._lock.__enter__()
         try:
             if self._old.exists() and not self._place.exists():  # killed in the middle of `publish`
                 self._old.rename(self._place)
@@ -45,7 +80,7 @@ class StagedFolder:
             _remove(self.path)
             self.path.mkdir()
         except BaseException:
-            self._give_lock_back()
+            self._lock.__exit__(None, None, None)
             raise
         return self
 
@@ -57,7 +92,7 @@ class StagedFolder:
             if kind is None or issubclass(kind, UserError | OSError):
                 _remove(self.work)
         finally:
-            self._give_lock_back()
+            self._lock.__exit__(None, None, None)
 
     def publish(self) -> None:
         """Puts the folder in its place; one that is there already is replaced. Its files must have been synced."""
@@ -70,26 +105,6 @@ class StagedFolder:
 
     def _beside(self, what: str) -> Path:
         return self._place.with_name(f".{self._place.name}.{what}")
-
-    def _take_lock(self) -> int:
-        self._lock_file.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                hint = "wait for it, or name another --out"
-                raise UserError(f"{self.out} is being written by another process", hint) from None
-            # Whoever had the lock before may have removed its file since it was opened here.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), self._lock_file.stat()):
-                    return lock
-            os.close(lock)
-
-    def _give_lock_back(self) -> None:
-        self._lock_file.unlink()
-        os.close(self._lock)
 
 
 def _remove(path: Path) -> None:

@@ -29,6 +29,7 @@ from mambatrain.data.permutation import permute
 from mambatrain.data.pretokenizers import PretokenizerName, cut_of, cut_text, make_pretokenizer
 from mambatrain.data.progress import ByteProgress
 from mambatrain.data.sources import Sources, check_unchanged, find_sources
+from mambatrain.data.staging import only_writer_of
 from mambatrain.data.streams import StandardInputKind, keep_streams
 from mambatrain.data.text_fields import TextFields
 from mambatrain.data.tokenizer import load_tokenizer
@@ -81,36 +82,35 @@ def train_tokenizer(
     with tempfile.TemporaryDirectory(prefix="mambatrain-") as folder:
         fields = TextFields(settings.text_field, settings.template)
         found = find_sources(keep_streams(sources, Path(folder), fields, standard_input, streaming))
-        return _train_on(found, fields, file, settings, overwrite)
+        records = record_sources(found.files)
+        if file.exists() and not overwrite:
+            manifest = _reusable(file, records, settings)
+            return TrainedTokenizer(file, manifest, reused=True, unread=found.unread, bad=())
+        with write_errors_named(file), only_writer_of(file):
+            return _train_on(found, records, fields, file, settings)
 
 
 def _train_on(
-    found: Sources, fields: TextFields, file: Path, settings: TokenizerSettings, overwrite: bool
+    found: Sources, records: list[SourceRecord], fields: TextFields, file: Path, settings: TokenizerSettings
 ) -> TrainedTokenizer:
-    records = record_sources(found.files)
-    if file.exists() and not overwrite:
-        manifest = _reusable(file, records, settings)
-        return TrainedTokenizer(file, manifest, reused=True, unread=found.unread, bad=())
     reader = DocumentReader(found.files, fields, settings.skip_bad)
     sample = _draw_sample(found, reader, settings)
     check_unchanged(found.files)
     num_held_out = max(1, int(len(sample) * HELD_OUT_FRACTION)) if len(sample) > 1 else 0
     training, held_out = sample[: len(sample) - num_held_out], sample[len(sample) - num_held_out :]
     content = _train(training, settings).to_str(pretty=True).encode()
-    with write_errors_named(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes_whole(file, content)
-        manifest = TokenizerManifest(
-            sources=records,
-            settings=settings,
-            sha256=hashlib.sha256(content).hexdigest(),
-            vocab_size=load_tokenizer(file).vocab_size,
-            num_sampled_bytes=sum(len(text.encode()) for text in training),
-            num_skipped_bad=reader.num_bad,
-            bytes_per_token=_bytes_per_token(file, held_out or training),
-            held_out=bool(held_out),
-        )
-        write_bytes_whole(manifest_file(file), (manifest.model_dump_json(indent=2) + "\n").encode())
+    write_bytes_whole(file, content)
+    manifest = TokenizerManifest(
+        sources=records,
+        settings=settings,
+        sha256=hashlib.sha256(content).hexdigest(),
+        vocab_size=load_tokenizer(file).vocab_size,
+        num_sampled_bytes=sum(len(text.encode()) for text in training),
+        num_skipped_bad=reader.num_bad,
+        bytes_per_token=_bytes_per_token(file, held_out or training),
+        held_out=bool(held_out),
+    )
+    write_bytes_whole(manifest_file(file), (manifest.model_dump_json(indent=2) + "\n").encode())
     return TrainedTokenizer(file, manifest, reused=False, unread=found.unread, bad=tuple(reader.bad))
 
 

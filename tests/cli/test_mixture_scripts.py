@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from mambatrain.data.staging import only_writer_of
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "data_scripts"
 GSM8K = ROOT.parent / "shared" / "data" / "sft" / "gsm8k.train.jsonl"
@@ -140,6 +142,19 @@ def test_questions_and_answers_make_conversations(script: Script) -> None:
     code, _, _ = script.run("smoltalk", "--overwrite")
     assert "error: the data set has no column `messages` that holds a list" in code
     assert "hint: its columns are question, answer" in code
+
+
+def test_two_processes_on_one_output(script: Script) -> None:
+    """What the first is writing is left alone."""
+    rows = [{"question": "a", "answer": "b"}]
+    script.rows("gsm8k", rows)
+    before = (script.folder / "o.jsonl").read_bytes()
+    (script.folder / ".o.jsonl.partial").write_bytes(b"half")
+    with only_writer_of(script.folder / "o.jsonl"):
+        code, _, _ = script.run("gsm8k", "--overwrite")
+    assert str(code).startswith("error: o.jsonl is being written by another process\n\nhint: wait for it")
+    assert (script.folder / "o.jsonl").read_bytes() == before
+    assert (script.folder / ".o.jsonl.partial").read_bytes() == b"half"
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K of ../shared/data is not here")

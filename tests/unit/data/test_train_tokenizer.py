@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from mambatrain.data import train_tokenizer as module
 from mambatrain.data.manifest import TokenizerSettings
 from mambatrain.data.pretokenizers import cut_of, cut_text
+from mambatrain.data.staging import only_writer_of
 from mambatrain.data.tokenizer import load_tokenizer
 from mambatrain.data.train_tokenizer import TrainedTokenizer, train_tokenizer
 from mambatrain.errors import UserError
@@ -46,6 +47,15 @@ def test_the_tokenizer_is_gpt2s_kind_and_reversible(source: Path, tmp_path: Path
     assert (loaded.vocab_size, loaded.end_of_document_id, loaded.cuts_at_newlines) == (300, 0, True)
     every_byte = bytes(range(128)).decode() + "".join(chr(code) for code in range(0x80, 0x3000, 7)) + "漢😀\U0010ffff"
     assert loaded.decode(loaded.encode_batch([every_byte])[0].tolist()) == every_byte
+
+
+def test_a_second_process_does_not_write_the_same_file(source: Path, tmp_path: Path) -> None:
+    with only_writer_of(tmp_path / "t.json"), pytest.raises(UserError, match=r"t\.json is being written by another"):
+        train(source, tmp_path / "t.json")
+    assert train(source, tmp_path / "t.json").manifest.vocab_size == 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "t.json", "t.json.manifest.json"]
+    with only_writer_of(tmp_path / "t.json"):
+        assert train(source, tmp_path / "t.json").reused  # nothing is written
 
 
 def test_the_same_text_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
