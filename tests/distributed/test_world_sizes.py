@@ -32,6 +32,10 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer__kind": "schedule_free",
         "schedule": {"kind": "constant"},
     },
+    "guarded-fp64": {
+        "training__precision": "fp64",
+        "guards": {"max_sigma": 4.0, "memory_draws": 4, "health_every_steps": 3},
+    },
     "narrow-fp64": {"training__precision": "fp64", "optimizer__state_precision": "bf16"},
 }
 # Two sources, the second a bare pair; within the run, behind step 4, the rows become shorter and the shares change.
@@ -117,7 +121,12 @@ def write_case(file: Path, shards: Path, changes: dict[str, Any]) -> Path:
 
 
 def losses(run: Path) -> list[float]:
-    return [line.get("loss", line.get("held_out_loss")) for line in read_log(run / "log.jsonl")]
+    lines = [line for line in read_log(run / "log.jsonl") if line["event"] in {"step", "held_out"}]
+    return [line.get("loss", line.get("held_out_loss")) for line in lines]
+
+
+def skipped_draws(run: Path) -> list[int]:
+    return [line["draw"] for line in read_log(run / "log.jsonl") if line["event"] == "skipped"]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -127,6 +136,12 @@ def test_losses_do_not_depend_on_the_number_of_processes(runs: Path, case: str, 
     alone = losses(runs / "1" / case)
     assert len(alone) == 8 + 3  # steps, and the held-out loss at 0, 4 and 8
     assert losses(runs / str(world_size) / case) == pytest.approx(alone, rel=tolerance)
+
+
+def test_draws_are_judged_alike_on_any_number_of_processes(runs: Path) -> None:
+    alone = skipped_draws(runs / "1" / "guarded-fp64")
+    assert alone, "nothing was judged"
+    assert skipped_draws(runs / "2" / "guarded-fp64") == skipped_draws(runs / "4" / "guarded-fp64") == alone
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
