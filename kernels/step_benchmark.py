@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from benchmark import gemms  # beside this script
 
+from mambatrain.adapters.trained import whole_model
 from mambatrain.devices import keep_freed_memory, resolve_precision
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import initialise
@@ -41,7 +42,7 @@ def our_step(recipe: Recipe, kernels: str, bf16: bool) -> Callable[[torch.Tensor
     """Forward, backward, clipping and update as the training loop does them, of tokens (rows, length + 1)."""
     model = LanguageModel(recipe.model, choose_backend(kernels, torch.device("cpu")))
     initialise(model, recipe.model, 0)
-    objective, (optimizer,) = NextTokenLoss(model), build_optimizers(model, recipe.optimizer)
+    objective, (optimizer,) = NextTokenLoss(model), build_optimizers(whole_model(model), recipe.optimizer)
 
     def step(tokens: torch.Tensor) -> None:
         inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()

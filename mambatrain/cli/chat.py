@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
-from mambatrain.cli.open_model import EndOption, TokenizerOption, WeightsArgument
+from mambatrain.cli.open_model import BaseOption, EndOption, TokenizerOption, WeightsArgument
 from mambatrain.cli.sampling_options import (
     MinPOption,
     RepetitionPenaltyOption,
@@ -68,6 +68,7 @@ def chat(
     seed: SeedOption = None,
     kernels: KernelsOption = Kernels.auto,
     device: DeviceOption = Device.auto,
+    base: BaseOption = None,
     tokenizer: TokenizerOption = None,
     end_of_document: EndOption = None,
 ) -> None:
@@ -82,7 +83,7 @@ def chat(
     from mambatrain.generation.template_files import find_template
 
     settings = sampling_settings(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    opened = open_model(weights, kernels.value, device.value)
+    opened = open_model(weights, kernels.value, device.value, base)
     loaded = open_tokenizer(opened, tokenizer, end_of_document)
     found = find_template(template, loaded)
     step = record_step(opened, None)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mambatrain.cli.open_model import EndOption, TokenizerOption, WeightsArgument
+from mambatrain.cli.open_model import BaseOption, EndOption, TokenizerOption, WeightsArgument
 from mambatrain.cli.train import Device, DeviceOption, Kernels, KernelsOption
+from mambatrain.errors import UserError
 
 if TYPE_CHECKING:
     from mambatrain.cli.open_model import OpenModel
     from mambatrain.data.tokenizer import LoadedTokenizer
     from mambatrain.evaluation.held_out_text import HeldOutText
+    from mambatrain.models.state import BlockState
 
 DataOption = Annotated[
     Path | None,
@@ -95,8 +97,15 @@ def evaluate(
     batch_rows: BatchRowsOption = 8,
     json_file: JsonOption = None,
     out: OutOption = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state", metavar="FILE", help="A trained state that each document begins with, in a row of its own."
+        ),
+    ] = None,
     kernels: KernelsOption = Kernels.auto,
     device: DeviceOption = Device.auto,
+    base: BaseOption = None,
     tokenizer: TokenizerOption = None,
     end_of_document: EndOption = None,
 ) -> None:
@@ -111,8 +120,10 @@ def evaluate(
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     _refuse_without_tasks(names, task_data, include_path, num_fewshot, limit)
+    if state is not None and (names or out is not None):
+        raise UserError("--state is about the held-out loss alone, not about --tasks or --out", "leave these out")
+    from mambatrain.adapters.open_weights import refuse_no_weights
     from mambatrain.cli.open_model import open_model, open_tokenizer
-    from mambatrain.runs.weights import refuse_no_weights
 
     refuse_no_weights(weights)
     # What can be wrong is looked at first; the model, which takes its time, comes last.
@@ -121,15 +132,16 @@ def evaluate(
     if data is not None or not names:
         from mambatrain.evaluation.held_out_text import find_held_out_text
 
-        text = find_held_out_text(weights, data, row_tokens, max_tokens)
-    opened = open_model(weights, kernels.value, device.value)
+        text = find_held_out_text(weights, data, row_tokens, max_tokens, state is not None)
+    opened = open_model(weights, kernels.value, device.value, base)
     results: dict[str, Any] = {
         "weights": opened.weights.origin,
         "digest": opened.weights.digest,
         "kernels": opened.backend.name,
     }
     if text is not None:
-        results["held_out"] = _measure(opened, text, batch_rows, tokenizer, out)
+        start = None if state is None else _open_trained_state(state, opened, open_tokenizer(opened, tokenizer, None))
+        results["held_out"] = _measure(opened, text, batch_rows, tokenizer, out, start)
     if loaded_tasks is not None:
         spelling = open_tokenizer(opened, tokenizer, end_of_document)
         results["tasks"] = _score(opened, spelling, loaded_tasks, limit, num_fewshot, max_length, batch_rows)
@@ -137,8 +149,6 @@ def evaluate(
 
 
 def _refuse_without_tasks(names: list[str], *options: Any) -> None:
-    from mambatrain.errors import UserError
-
     if not names and any(option is not None for option in options):
         raise UserError(
             "--task-data, --include-path, --num-fewshot and --limit are about --tasks, of which there are none",
@@ -147,7 +157,6 @@ def _refuse_without_tasks(names: list[str], *options: Any) -> None:
 
 
 def _load_tasks(names: list[str], include_path: Path | None, task_data: list[str]) -> dict[str, Any]:
-    from mambatrain.errors import UserError
     from mambatrain.evaluation.harness import load_tasks
 
     files = {}
@@ -161,7 +170,12 @@ def _load_tasks(names: list[str], include_path: Path | None, task_data: list[str
 
 
 def _measure(
-    opened: OpenModel, text: HeldOutText, batch_rows: int, tokenizer: Path | None, out: Path | None
+    opened: OpenModel,
+    text: HeldOutText,
+    batch_rows: int,
+    tokenizer: Path | None,
+    out: Path | None,
+    start: list[BlockState] | None,
 ) -> dict[str, Any]:
     """The held-out loss; by position as well where there is a folder for it."""
     from mambatrain.cli.open_model import refuse_other_tokenizer
@@ -179,7 +193,7 @@ def _measure(
     micro_batches = _with_progress(text, batch_rows)
     results: dict[str, Any] = {}
     if out is None:
-        loss = measure_held_out(opened.model, micro_batches, text.batches.num_bytes)
+        loss = measure_held_out(opened.model, micro_batches, text.batches.num_bytes, start)
     else:
         positions = measure_loss_by_position(opened.model, micro_batches)
         loss = positions.held_out(text.batches.num_bytes)
@@ -196,6 +210,24 @@ def _measure(
         "perplexity": loss.perplexity,
         "bits_per_byte": loss.bits_per_byte,
     } | results
+
+
+def _open_trained_state(file: Path, opened: OpenModel, loaded: LoadedTokenizer) -> list[BlockState]:
+    """The layers of a trained state.
+
+    Raises:
+        UserError: it is not that of these weights, or stands behind a text.
+    """
+    from mambatrain.cli.state import open_state
+
+    found = open_state(file, opened, loaded)
+    assert found is not None
+    if found.state.num_tokens:
+        raise UserError(
+            f"{file} stands behind a text of {found.state.num_tokens:,} tokens and was not trained to begin one",
+            "name a state that `mambatrain finetune` trained",
+        )
+    return found.state.layers
 
 
 def _with_progress(text: HeldOutText, batch_rows: int) -> Any:

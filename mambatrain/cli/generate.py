@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mambatrain.cli.open_model import EndOption, TokenizerOption, WeightsArgument
+from mambatrain.cli.open_model import BaseOption, EndOption, TokenizerOption, WeightsArgument
 from mambatrain.cli.sampling_options import (
     MinPOption,
     RepetitionPenaltyOption,
@@ -49,6 +49,7 @@ def generate(
     ] = None,
     kernels: KernelsOption = Kernels.auto,
     device: DeviceOption = Device.auto,
+    base: BaseOption = None,
     tokenizer: TokenizerOption = None,
     end_of_document: EndOption = None,
 ) -> None:
@@ -61,19 +62,22 @@ def generate(
     from mambatrain.cli.state import StoredDtype, open_state
     from mambatrain.cli.state import save_state as write_state
     from mambatrain.generation.generate import open_document
-    from mambatrain.generation.reading import Reader
+    from mambatrain.generation.reading import Reader, boundary_behind
     from mambatrain.runs.state_file import refuse_to_replace
 
     settings = sampling_settings(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     if save_state is not None:
         refuse_to_replace(save_state)
-    opened = open_model(weights, kernels.value, device.value)
+    opened = open_model(weights, kernels.value, device.value, base)
     loaded = open_tokenizer(opened, tokenizer, end_of_document)
     start = open_state(state, opened, loaded)
     ids = loaded.encode_batch([text])[0].tolist() if text else []
-    step = record_step(opened, loaded.end_of_document_id)
-    reader = Reader(opened.model, loaded.end_of_document_id, None if start is None else start.state, step)
-    reader.add(ids if start else open_document(ids, loaded.end_of_document_id))
+    before = None if start is None else start.state
+    boundary_id = boundary_behind(before, loaded.end_of_document_id)
+    step = record_step(opened, boundary_id)
+    reader = Reader(opened.model, boundary_id, before, step)
+    begins = before is None or before.num_tokens == 0
+    reader.add(open_document(ids, loaded.end_of_document_id) if begins else ids)
     _show_prompt(text)
     new = _write_continuation(reader, loaded, ids, max_new_tokens, settings)
     if save_state is not None:

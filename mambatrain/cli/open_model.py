@@ -20,8 +20,12 @@ WeightsArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_WEIGHTS",
-        help="A run, a checkpoint in one, a transformers or mamba-ssm folder, or a hub name.",
+        help="A run, a checkpoint in one, an adapter, a transformers or mamba-ssm folder, or a hub name.",
     ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="WEIGHTS", help="Of an adapter: what it was trained on. [default: where that was]"),
 ]
 TokenizerOption = Annotated[
     Path | None,
@@ -42,18 +46,20 @@ class OpenModel:
     backend: Backend
 
 
-def open_model(where: str, kernels: str, device: str) -> OpenModel:
-    """Loads weights onto a device; says on stderr what was loaded and what it runs on."""
+def open_model(where: str, kernels: str, device: str, base: str | None = None) -> OpenModel:
+    """Loads weights, or an adapter merged into its base, onto a device; says on stderr what, and what it runs on."""
+    from mambatrain.adapters.open_weights import open_weights
     from mambatrain.devices import choose_device, keep_freed_memory
     from mambatrain.ops.backends import choose_backend
-    from mambatrain.runs.weights import load_model
+    from mambatrain.runs.weights import build_model
 
     chosen: Any = device
     place = choose_device(chosen)
     if place.type == "cpu":
         keep_freed_memory()
     backend = choose_backend(kernels, place)
-    model, weights = load_model(where, backend, place)
+    weights = open_weights(where, base)
+    model = build_model(weights, backend, place)
     model.eval()
     warn_of_damage(weights)
     typer.echo(f"weights  {weights.origin}", err=True)

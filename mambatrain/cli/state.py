@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mambatrain.cli.open_model import EndOption, TokenizerOption, WeightsArgument
+from mambatrain.cli.open_model import BaseOption, EndOption, TokenizerOption, WeightsArgument
 from mambatrain.cli.plain_help import PlainCommand, within
 from mambatrain.cli.train import Device, DeviceOption, Kernels, KernelsOption
 
@@ -31,7 +31,10 @@ OutOption = Annotated[
     Path, typer.Option("--out", "-o", metavar="FILE", help="An earlier state file there is replaced.")
 ]
 StateOption = Annotated[
-    Path | None, typer.Option("--state", metavar="FILE", help="Go on behind the text that this state remembers.")
+    Path | None,
+    typer.Option(
+        "--state", metavar="FILE", help="Go on behind the text that it remembers; a trained one begins texts."
+    ),
 ]
 
 state_app = typer.Typer(no_args_is_help=True, help="Keep what a model remembers of a text.")
@@ -46,6 +49,7 @@ def make(
     dtype: DtypeOption = StoredDtype.fp32,
     kernels: KernelsOption = Kernels.auto,
     device: DeviceOption = Device.auto,
+    base: BaseOption = None,
     tokenizer: TokenizerOption = None,
     end_of_document: EndOption = None,
 ) -> None:
@@ -59,17 +63,19 @@ def make(
     from mambatrain.data.progress import ByteProgress
     from mambatrain.errors import UserError
     from mambatrain.generation.document import read_document
-    from mambatrain.generation.reading import Reader
+    from mambatrain.generation.reading import Reader, boundary_behind
     from mambatrain.runs.state_file import refuse_to_replace
 
     refuse_to_replace(out)
     if not text.is_file():
         raise UserError(f"--text {text} is no file", "name a text file")
-    opened = open_model(weights, kernels.value, device.value)
+    opened = open_model(weights, kernels.value, device.value, base)
     loaded = open_tokenizer(opened, tokenizer, end_of_document)
     start = open_state(state, opened, loaded)
-    reader = Reader(opened.model, loaded.end_of_document_id, None if start is None else start.state)
-    if start is None:
+    before = None if start is None else start.state
+    boundary_id = boundary_behind(before, loaded.end_of_document_id)
+    reader = Reader(opened.model, boundary_id, before)
+    if before is None or before.num_tokens == 0:
         reader.add([loaded.end_of_document_id])
     began, num_before = time.perf_counter(), reader.num_tokens
     with ByteProgress(f"reading {text.name}", text.stat().st_size) as progress:
@@ -172,7 +178,9 @@ def describe_state(found: StateFile, num_bytes: int) -> list[str]:
     size = " x ".join
     lines = [
         f"text        {facts.text}",
-        f"tokens      {facts.num_tokens:,}, {len(found.state.seen_ids):,} different ones",
+        f"tokens      {facts.num_tokens:,}, {len(found.state.seen_ids):,} different ones"
+        if facts.num_tokens
+        else "tokens      none: a trained state, which stands before a text",
         f"model       {facts.block}, {len(shapes)} layers",
         f"weights     {facts.weights_origin}, sha256 {facts.weights_sha256}",
         f"tokenizer   sha256 {facts.tokenizer_sha256}",

@@ -136,11 +136,11 @@ def finetune(
 
     Example: mambatrain finetune continue --from demo/run --set data.shards=my/shards --run runs/continued
     """
+    from mambatrain.adapters.open_weights import open_weights
     from mambatrain.cli.open_model import warn_of_damage
     from mambatrain.recipe import read_recipe
-    from mambatrain.runs.weights import read_weights
 
-    start = read_weights(weights)
+    start = open_weights(weights)
     warn_of_damage(start)
     read = read_recipe(recipe, overrides, model=start.section)
     _train(read, recipe, start, run, gpus, processes, device, kernels, resume, tracker, quiet)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,36 +68,6 @@ class Windows:
     def rows(self, windows: NDArray[np.int64]) -> MicroBatch:
         """The rows of some windows, in that order."""
         return read_rows([(self.shard, self.spans(int(window))) for window in windows], self.row_tokens)
-
-
-class HeldOutBatches:
-    """Whole held-out documents up to a number of tokens, read in order."""
-
-    def __init__(
-        self, shard: TokenShard, document_bytes: NDArray[np.int64] | None, row_tokens: int, max_tokens: int
-    ) -> None:
-        """
-        Args:
-            shard: the held-out pair.
-            document_bytes: (num_documents,) UTF-8 bytes of each document's text; None: not known.
-            row_tokens: L.
-            max_tokens: documents are taken while they fit; the first real one always is.
-        """
-        ends = shard.document_starts + shard.document_lengths  # in tokens
-        opening = shard.num_opening
-        fitting = int(np.searchsorted(ends, max_tokens, side="right"))
-        num_documents = max(fitting, min(opening + 1, shard.num_documents))
-        num_tokens = int(ends[num_documents - 1]) if num_documents else 0
-        self.windows = Windows(shard, row_tokens, num_tokens)
-        self.num_bytes = None if document_bytes is None else int(document_bytes[:num_documents].sum())
-        self.num_documents = max(num_documents - opening, 0)
-        self.num_targets = self.windows.num_targets
-
-    def micro_batches(self, rows: int, rank: int = 0, num_ranks: int = 1) -> Iterator[MicroBatch]:
-        """One rank's share (every num_ranks-th window), `rows` windows at a time."""
-        mine = np.arange(rank, self.windows.num_windows, num_ranks, dtype=np.int64)
-        for first in range(0, len(mine), rows):
-            yield self.windows.rows(mine[first : first + rows])
 
 
 def read_rows(contents: Sequence[tuple[TokenShard, Sequence[Span]]], row_tokens: int) -> MicroBatch:

@@ -76,7 +76,7 @@ def open_packing(shard: TokenShard, row_tokens: int, digest: str, may_write: boo
 
 def pack_shard(shard: TokenShard, row_tokens: int) -> NDArray[np.int64]:
     """(num_spans, 3): the row of each span, its first input, its length; sorted by row."""
-    firsts, lengths = _spans_of_documents(shard)
+    firsts, lengths = spans_of_documents(shard)
     full, rest = np.divmod(lengths, row_tokens)
     # Whole rows of documents that are longer than one.
     which = np.repeat(np.arange(len(lengths)), full)
@@ -145,7 +145,7 @@ def _run_lengths(ordered: NDArray[np.int64]) -> tuple[list[int], list[int]]:
     return values[::-1].tolist(), counts[::-1].tolist()
 
 
-def _spans_of_documents(shard: TokenShard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def spans_of_documents(shard: TokenShard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First input and number of positions of each document that has any.
 
     Marked documents begin at the end token before them; the first of a shard that does not open with one begins at its

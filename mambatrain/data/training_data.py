@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from mambatrain.data.batches import HeldOutBatches, Windows
+from mambatrain.data.batches import Windows
+from mambatrain.data.document_rows import DocumentRows
+from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.open_tokens import Tokens, open_tokens
 from mambatrain.data.packing import open_packing
 from mambatrain.data.token_corpus import verify_token_corpus
@@ -139,6 +141,8 @@ def _lower_weight(recipe: Recipe, source: SourceSection, fraction: float) -> flo
 
 
 def _windows_of(recipe: Recipe, tokens: Tokens, row_tokens: int, may_write: bool) -> AnyWindows:
+    if recipe.trains_state:
+        return DocumentRows(tokens.train, row_tokens)
     if recipe.data.packing == "windows":
         return Windows(tokens.train, row_tokens)
     return open_packing(tokens.train, row_tokens, tokens.digest, may_write)
@@ -152,7 +156,9 @@ def _held_out_batches(recipe: Recipe, first: Tokens, measured: Tokens | None) ->
         shard, known = tokens.train, tokens.train_bytes
     if shard is None:
         return None
-    batches = HeldOutBatches(shard, known, recipe.data.longest_row_tokens, recipe.evaluation.max_tokens)
+    batches = HeldOutBatches(
+        shard, known, recipe.data.longest_row_tokens, recipe.evaluation.max_tokens, recipe.trains_state
+    )
     return batches if batches.num_targets else None
 
 

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mambatrain.data.batches import MicroBatch, Windows, read_rows
+from mambatrain.data.document_rows import DocumentRows
 from mambatrain.data.interleaving import Interleaving
 from mambatrain.data.packing import PackedWindows
 from mambatrain.data.permutation import permute
 
-AnyWindows = Windows | PackedWindows
+AnyWindows = Windows | PackedWindows | DocumentRows
 
 
 @dataclass(frozen=True)

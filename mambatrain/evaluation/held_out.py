@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from mambatrain.adapters.initial_state import begin_rows
 from mambatrain.data.batches import IGNORED_TARGET, MicroBatch
 from mambatrain.models.language_model import LanguageModel
+from mambatrain.models.state import BlockState
 
 
 class HeldOutLoss(NamedTuple):
@@ -40,7 +42,12 @@ class HeldOutLoss(NamedTuple):
         return None if self.num_bytes is None else self.nats / math.log(2.0) / self.num_bytes
 
 
-def measure_held_out(model: LanguageModel, micro_batches: Iterable[MicroBatch], num_bytes: int | None) -> HeldOutLoss:
+def measure_held_out(
+    model: LanguageModel,
+    micro_batches: Iterable[MicroBatch],
+    num_bytes: int | None,
+    start: list[BlockState] | None = None,
+) -> HeldOutLoss:
     """The loss over all counted targets of some rows.
 
     Weights, gradients, random state and the training mode are left as they are.
@@ -49,12 +56,14 @@ def measure_held_out(model: LanguageModel, micro_batches: Iterable[MicroBatch], 
         model: the module itself, not wrapped; autocast is the caller's (none: the dtype of the weights).
         micro_batches: of this process; with several, the caller sums `nats` and `num_targets` over them.
         num_bytes: of the text of all rows; None: not known.
+        start: a trained state that every row begins with, B = 1.
     """
     nats, num_targets = 0.0, 0
     with evaluating(model):
         for batch in micro_batches:
             batch = batch.to(model.head_weight.device)
-            loss = model.summed_loss(batch.tokens, batch.boundaries, batch.targets)
+            boundaries, state = begin_rows(start, batch.boundaries)
+            loss = model.summed_loss(batch.tokens, boundaries, batch.targets, state)
             nats += float(loss)  # a Python float is fp64; waits for the device once a micro-batch
             num_targets += int((batch.targets != IGNORED_TARGET).sum())
     return HeldOutLoss(nats, num_targets, num_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mambatrain.data.batches import HeldOutBatches
+from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.open_tokens import Tokens, open_tokens
 from mambatrain.errors import UserError
 from mambatrain.recipe import Recipe, read_recipe
@@ -25,7 +25,11 @@ class HeldOutText:
 
 
 def find_held_out_text(
-    where: str, data: Path | None, row_tokens: int | None = None, max_tokens: int | None = None
+    where: str,
+    data: Path | None,
+    row_tokens: int | None = None,
+    max_tokens: int | None = None,
+    document_rows: bool = False,
 ) -> HeldOutText:
     """What the user named, else what the run's recipe says, so that the figure is that of the run's log.
 
@@ -34,6 +38,7 @@ def find_held_out_text(
         data: a folder of tokens, or a bare pair, which is measured whole; None: the run's own.
         row_tokens: L; None: the run's, else ROW_TOKENS.
         max_tokens: whole documents up to this many; None: the run's, else MAX_TOKENS.
+        document_rows: a row for each document, cut where it is longer, as for a trained state.
 
     Raises:
         UserError: there is no such folder, or nothing in it is held out.
@@ -51,7 +56,7 @@ def find_held_out_text(
     shard, known = tokens.held_out, tokens.held_out_bytes
     if shard is None and named is not None:  # a bare pair that was named for this: all of it
         shard, known = tokens.train, tokens.train_bytes
-    batches = None if shard is None else HeldOutBatches(shard, known, length, most)
+    batches = None if shard is None else HeldOutBatches(shard, known, length, most, document_rows)
     if batches is None or not batches.num_documents:
         raise UserError(f"{data} holds no held-out documents", "tokenize with --held-out FRACTION above 0")
     return HeldOutText(tokens, length, batches)

@@ -100,7 +100,7 @@ class Conversation:
         opening = () if system is None or place.messages else ({"role": "system", "content": system},)
         messages: tuple[Message, ...] = (*place.messages, *opening, {"role": "user", "content": text})
         added = self.template.continuation(place.messages, messages)
-        if place.state is not None and not place.messages:
+        if place.state is not None and place.state.num_tokens and not place.messages:
             added = added.removeprefix(self.template.bos_token)  # the document before has been opened already
         ids = self._encode(place.unread + added)
         reader = Reader(self._model, None, place.state, self._step)

@@ -51,8 +51,10 @@ class Reader:
     def logits(self) -> Tensor:
         """(V,): what comes behind the last token; at least one token was given."""
         weight = self.model.head_weight
+        hidden = self.state().hidden
+        assert hidden is not None, "nothing was given to read behind a trained state"
         with torch.no_grad():
-            return F.linear(self.state().hidden.to(weight.dtype), weight)
+            return F.linear(hidden.to(weight.dtype), weight)
 
     def state(self) -> TextState:
         """What is known behind the last token; at least one token was given."""
@@ -87,3 +89,12 @@ class Reader:
         # The state stays what it was until all is computed: an interrupt in between loses no token.
         self._state = TextState(layers, last, num_before + len(tokens), seen)
         self._waiting = self._waiting[len(tokens) :]
+
+
+def boundary_behind(start: TextState | None, end_of_document: int) -> int | None:
+    """Which token is a boundary for a reader of documents that starts there: `Reader`'s boundary_id.
+
+    A boundary drops the state. A trained one stands before the token that opens the document, as in its training, so
+    no token is a boundary then; the text of a document holds none anyway.
+    """
+    return None if start is not None and start.num_tokens == 0 else end_of_document

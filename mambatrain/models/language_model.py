@@ -35,7 +35,8 @@ class Layer(nn.Module):
         self, residual: Tensor, boundaries: Tensor | None = None, state: BlockState | None = None
     ) -> tuple[Tensor, BlockState]:
         """(B, L, d_model) fp32 -> the same, and the block's state behind the last position."""
-        u = self.norm(residual).to(self.mixer.in_proj.weight.dtype)  # narrow only where the weights are
+        # Narrow only where the weights are; a projection's may be computed at each look (adapters).
+        u = self.norm(residual).to(self.mixer.conv1d.weight.dtype)
         y, state = self.mixer(u, boundaries, state)
         return residual + y, state
 
@@ -103,18 +104,21 @@ class LanguageModel(nn.Module):
         logits = F.linear(hidden.to(self.head_weight.dtype), self.head_weight)
         return logits.to(computing_dtype(logits)), state
 
-    def summed_loss(self, tokens: Tensor, boundaries: Tensor | None, targets: Tensor) -> Tensor:
+    def summed_loss(
+        self, tokens: Tensor, boundaries: Tensor | None, targets: Tensor, state: list[BlockState] | None = None
+    ) -> Tensor:
         """Next-token loss in nats, summed over the targets that count; the logits (B, L, V) are never held.
 
         Args:
             tokens: (B, L) int64.
             boundaries: (B, L) bool, True where a document starts.
             targets: (B, L) int64, -100 where a position does not count.
+            state: as in `hidden_states`.
 
         Returns:
             A scalar in fp32 (fp64 for fp64).
         """
-        hidden, _ = self.hidden_states(tokens, boundaries)
+        hidden, _ = self.hidden_states(tokens, boundaries, state)
         return chunked_cross_entropy(
             hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.backend.softmax_loss
         )

@@ -19,13 +19,17 @@ class BlockState(NamedTuple):
 
 @dataclass(frozen=True)
 class TextState:
-    """All that is needed to go on behind a text as if it had just been read. Nothing changes it in place."""
+    """All that is needed to go on behind a text as if it had just been read; or a state that was trained, to begin one.
+
+    Nothing changes it in place.
+    """
 
     layers: list[BlockState]
     """One per layer, B = 1."""
-    hidden: Tensor
-    """(d_model,): the last position behind the last norm; the head makes the next token's logits of it."""
+    hidden: Tensor | None
+    """(d_model,): the last position behind the last norm; the head makes the next token's logits of it. None before a
+    text: a document begins with such a state as others do with an empty one."""
     num_tokens: int
-    """How many were read; at least 1."""
+    """How many were read; 0 before a text."""
     seen_ids: frozenset[int]
     """Which ids were read: what a repetition penalty is about."""

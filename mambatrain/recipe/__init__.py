@@ -1,5 +1,6 @@
 """Recipes: what a run is."""
 
+from mambatrain.recipe.adapter_section import AdapterSection
 from mambatrain.recipe.annotate import annotate_recipe
 from mambatrain.recipe.data_section import DataSection, SourceSection, Stage, StageSection
 from mambatrain.recipe.files import (
@@ -23,6 +24,7 @@ from mambatrain.recipe.sections import (
 )
 
 __all__ = [
+    "AdapterSection",
     "CheckpointSection",
     "DataSection",
     "EvaluationSection",

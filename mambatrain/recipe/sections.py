@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mambatrain.recipe.adapter_section import AdapterSection
 from mambatrain.recipe.data_section import DataSection, Stage, resolve_stages
 from mambatrain.recipe.guards_section import GuardsSection
 from mambatrain.recipe.optimizer_section import OptimizerSection, ScheduleSection
@@ -206,6 +207,8 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     guards: GuardsSection = GuardsSection()
+    adapter: AdapterSection | None = None
+    """`finetune`: train an adapter (LoRA, DoRA) or an initial state in place of the weights; null: the weights."""
 
     @model_validator(mode="after")
     def check_batch(self) -> Self:
@@ -222,6 +225,24 @@ class Recipe(Section):
         if tokens is None and any(stage.row_tokens != row for stage in stages):
             raise ValueError("data.stages with rows of another length need training.tokens_per_step, not rows_per_step")
         return self
+
+    @model_validator(mode="after")
+    def check_adapter(self) -> Self:
+        if self.adapter is not None:
+            self.adapter.check_model(self.model)
+        if self.trains_state and self.optimizer.kind == "muon":
+            raise ValueError("optimizer.kind muon moves matrices, and adapter.kind state trains none; take adamw")
+        if self.trains_state and self.data.packing != "windows":
+            raise ValueError(
+                f"data.packing {self.data.packing} puts several documents in a row; with adapter.kind state each row "
+                "holds one document, whatever the packing: leave it out"
+            )
+        return self
+
+    @property
+    def trains_state(self) -> bool:
+        """Whether rows begin with a trained state, and so hold one document each."""
+        return self.adapter is not None and self.adapter.kind == "state"
 
     @property
     def stages(self) -> list[Stage]:

@@ -48,7 +48,13 @@ def average_checkpoints(run: RunFolder, last: int, out: Path) -> Averaged:
     checkpoints = _newest(run, last)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists", "name a new folder")
-    section = read_recipe(str(run.recipe_file)).model
+    recipe = read_recipe(str(run.recipe_file))
+    if recipe.adapter is not None:
+        raise UserError(
+            f"{run.path} trained an adapter: the mean of its factors is not the factors of the mean",
+            "average runs that trained whole weights",
+        )
+    section = recipe.model
     tensors = mean_of([checkpoint / MODEL_FILE for checkpoint in checkpoints], section)
     _write_whole(out.absolute(), out, tensors, section, run, checkpoints)
     return Averaged(out, tuple(checkpoints))

@@ -7,6 +7,8 @@ RUN/branched_from.json of a branch: the checkpoint it began with, and the settin
 RUN/log.jsonl          one JSON object a line: a step, or a held-out evaluation
 RUN/checkpoints/       step-00000100/, ...
 RUN/loss.png           drawn from log.jsonl
+RUN/adapter/           the adapter in PEFT's format, where the run trained one
+RUN/tuned.state.safetensors   the initial state, where the run trained that
 RUN/stopped            exists while a run that was asked to stop waits to be resumed
 """
 
@@ -40,6 +42,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.loss_picture = path / "loss.png"
         self.stopped_marker = path / "stopped"
+        self.adapter = path / "adapter"
+        self.tuned_state = path / "tuned.state.safetensors"
 
     def exists(self) -> bool:
         """Whether a run was begun here."""

@@ -2,7 +2,8 @@
 
 layers.N.window    (W - 1, D)                 the last inputs of layer N's convolution
 layers.N.ssm       (E, N) or (H, P, N)        its recurrent state (Mamba-1, Mamba-2)
-hidden             (d_model,)                 the last position behind the last norm: the head makes the logits of it
+hidden             (d_model,)                 the last position behind the last norm: the head makes the logits of it;
+                                              not in a trained state, which stands before a text
 seen_ids           (at most the vocabulary,)  int32: which ids were read
 
 The metadata, JSON under the key `mambatrain`, says whose state it is, weights and tokenizer by digest, and has the
@@ -11,7 +12,6 @@ digest of the tensors themselves.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +26,7 @@ from mambatrain.files import write_bytes_whole, write_errors_named
 from mambatrain.models.parameters import conv_channels
 from mambatrain.models.state import BlockState, TextState
 from mambatrain.recipe import ModelSection
+from mambatrain.runs.tensor_files import digest_of_tensors
 from mambatrain.runs.weights import Weights
 
 FORMAT = "mambatrain state 1"
@@ -54,6 +55,7 @@ class StateFacts:
     weights_origin: str
     """Where these were, for people."""
     tokenizer_sha256: str
+    """Empty where the state was trained on tokens of a tokenizer that is not known."""
     text: str
     """What was read, for people."""
     num_tokens: int
@@ -68,7 +70,7 @@ class StateFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.state.hidden.dtype
+        return self.state.layers[0].ssm.dtype
 
 
 def facts_of(
@@ -108,10 +110,11 @@ def write_state_file(file: Path, state: TextState, facts: StateFacts, dtype: tor
     for index, (window, ssm) in enumerate(state.layers):
         tensors[f"layers.{index}.window"] = window[0]
         tensors[f"layers.{index}.ssm"] = ssm[0]
-    tensors["hidden"] = state.hidden
+    if state.hidden is not None:
+        tensors["hidden"] = state.hidden
     stored = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     stored["seen_ids"] = torch.tensor(sorted(state.seen_ids), dtype=torch.int32)
-    described = {"format": FORMAT, "tensors_sha256": _digest_of(stored), **asdict(facts)}
+    described = {"format": FORMAT, "tensors_sha256": digest_of_tensors(stored), **asdict(facts)}
     with write_errors_named(file):
         write_bytes_whole(file, save(stored, {_KEY: json.dumps(described)}))
 
@@ -127,12 +130,12 @@ def read_state_file(file: Path) -> StateFile:
         described: dict[str, Any] = json.loads(metadata[_KEY])
         if described.pop("format") != FORMAT:
             raise UserError(f"{file} is a state file of another version of mambatrain", "make it again")
-        if described.pop("tensors_sha256") != _digest_of(tensors):
+        if described.pop("tensors_sha256") != digest_of_tensors(tensors):
             raise UserError(f"{file} was changed: its digest is not that of its tensors", "make it again")
         chat = described.pop("chat")
         facts = StateFacts(**described, chat=None if chat is None else Chat(**chat))
         seen = frozenset(tensors.pop("seen_ids").tolist())
-        hidden = tensors.pop("hidden")
+        hidden = tensors.pop("hidden") if facts.num_tokens else None
         layers = [
             BlockState(tensors[f"layers.{index}.window"][None], tensors[f"layers.{index}.ssm"][None])
             for index in range(len(tensors) // 2)
@@ -162,7 +165,7 @@ def place_state(found: StateFile, file: Path, weights: Weights, tokenizer_sha256
             f"not {weights.origin} ({weights.digest[:12]})",
             "numbers of one model mean nothing to another: read the text again with `mambatrain state make`",
         )
-    if facts.tokenizer_sha256 != tokenizer_sha256:
+    if facts.tokenizer_sha256 not in ("", tokenizer_sha256):
         raise UserError(
             f"{file} was made with another tokenizer ({facts.tokenizer_sha256[:12]}, here {tokenizer_sha256[:12]})",
             "name that one: --tokenizer FILE",
@@ -191,6 +194,8 @@ def blend_states(one: StateFile, other: StateFile, weight: float) -> tuple[TextS
             )
     if shapes_of(one.state) != shapes_of(other.state):
         raise UserError("the two states have different shapes, though they name the same weights", "make them again")
+    if (one.state.hidden is None) != (other.state.hidden is None):
+        raise UserError("a trained state stands before a text and the other behind one", "blend two of a kind")
     first, second = (_converted(part.state, torch.device("cpu"), torch.float32) for part in (one, other))
     layers = [
         BlockState(torch.lerp(a.window, b.window, weight), torch.lerp(a.ssm, b.ssm, weight))
@@ -198,7 +203,7 @@ def blend_states(one: StateFile, other: StateFile, weight: float) -> tuple[TextS
     ]
     state = TextState(
         layers,
-        torch.lerp(first.hidden, second.hidden, weight),
+        None if first.hidden is None or second.hidden is None else torch.lerp(first.hidden, second.hidden, weight),
         first.num_tokens + second.num_tokens,
         first.seen_ids | second.seen_ids,
     )
@@ -231,15 +236,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 def _converted(state: TextState, device: torch.device, dtype: torch.dtype) -> TextState:
     layers = [BlockState(*(tensor.to(device, dtype) for tensor in layer)) for layer in state.layers]
-    return replace(state, layers=layers, hidden=state.hidden.to(device, dtype))
-
-
-def _digest_of(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype};".encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return replace(state, layers=layers, hidden=None if state.hidden is None else state.hidden.to(device, dtype))
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -59,6 +59,15 @@ def digest_of(files: list[Path]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors on the CPU: their names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype};".encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 

@@ -127,7 +127,10 @@ def _read_checkpoint(checkpoint: Path, run: RunFolder, known_whole: bool = False
         raise UserError(
             f"checkpoint {checkpoint} cannot be used: {damage}", "name the run to take its newest whole one"
         )
-    section = read_recipe(str(run.recipe_file)).model
+    recipe = read_recipe(str(run.recipe_file))
+    section = recipe.model
+    if recipe.adapter is not None:
+        raise UserError(f"{checkpoint} holds an adapter, not whole weights", "mambatrain export --merge makes them")
     file = checkpoint / MODEL_FILE
     tensors = read_tensors(file)
     check_tensors(tensors, section, str(file))

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 import mambatrain
+from mambatrain.adapters.attach import describe_adapter, frozen_digest
+from mambatrain.data.document_rows import DocumentRows
 from mambatrain.data.tokenizer import encode_alike
 from mambatrain.data.training_data import TrainingData, open_training_data
 from mambatrain.devices import (
     DeviceName,
-    Precision,
     choose_device,
     keep_freed_memory,
     measure_peak_flops,
@@ -24,17 +24,16 @@ from mambatrain.devices import (
 from mambatrain.errors import UserError
 from mambatrain.files import explaining_full_disk, write_json_whole
 from mambatrain.models.flops import count_parameters, training_flops_per_token
-from mambatrain.models.language_model import LanguageModel
-from mambatrain.models.parameters import initialise
 from mambatrain.ops.backends import Backend, choose_backend
 from mambatrain.ops.self_check import SelfCheck, check_backend
 from mambatrain.recipe import Recipe
-from mambatrain.runs.checkpoint import MODEL_FILE, OPTIMIZER_FILE, Progress, read_progress
+from mambatrain.runs.checkpoint import OPTIMIZER_FILE, Progress, read_progress
 from mambatrain.runs.folder import RunFolder
+from mambatrain.runs.tensor_files import read_tensors
 from mambatrain.runs.weights import Weights
+from mambatrain.training.build import build_objective, parameter_dtype
 from mambatrain.training.loop import TrainingRun
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
-from mambatrain.training.objective import NextTokenLoss
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
 from mambatrain.training.resolve import Resolved, resolve
 
@@ -92,12 +91,13 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
             the parameter table.
     """
     accelerator, resolved, data = parts.accelerator, parts.resolved, parts.data
-    model = build_model(recipe, parts.backend, accelerator.device, resolved.precision, checkpoint, parts.weights)
-    objective = NextTokenLoss(model)
-    optimizers = build_optimizers(model, recipe.optimizer)
+    objective, trained = build_objective(
+        recipe, parts.backend, accelerator.device, resolved.precision, checkpoint, parts.weights
+    )
+    optimizers = build_optimizers(trained, recipe.optimizer)
     progress = Progress()
     if checkpoint is not None:
-        restore_optimizer(optimizers, model, _read_tensors(checkpoint / OPTIMIZER_FILE))
+        restore_optimizer(optimizers, trained, read_tensors(checkpoint / OPTIMIZER_FILE))
         progress = read_progress(checkpoint)
     facts = describe_run(recipe, parts)
     tracker = None
@@ -109,6 +109,9 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
             print_fact("wandb", tracker.where)
         if not where.quiet:
             _print_facts(recipe, folder, facts, parts.backend, progress, data)
+            if recipe.adapter is not None:
+                for line in describe_adapter(recipe.adapter, recipe.model, trained):
+                    print_fact("adapter", line)
     quiet = where.quiet or not accelerator.is_main_process
     live = LiveLine(recipe.total_steps, progress.step, quiet)
     return TrainingRun(
@@ -117,6 +120,8 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
         accelerator=accelerator,
         objective=objective,
         prepared=accelerator.prepare(objective),
+        trained=trained,
+        frozen_sha256=None if recipe.adapter is None else frozen_digest(objective.model),
         optimizers=optimizers,
         order=data.order,
         held_out=data.held_out,
@@ -152,11 +157,6 @@ def describe_run(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     }
 
 
-def parameter_dtype(precision: Precision) -> torch.dtype:
-    """Parameters are fp32 under bf16 too: autocast narrows the matrix products alone."""
-    return torch.float64 if precision == "fp64" else torch.float32
-
-
 def open_data(recipe: Recipe, weights: Weights | None, may_write: bool) -> TrainingData:
     """The recipe's tokens, checked against the model and against the tokenizer of the starting weights."""
     data = open_training_data(recipe, may_write)
@@ -173,42 +173,6 @@ def open_data(recipe: Recipe, weights: Weights | None, may_write: bool) -> Train
     return data
 
 
-def build_model(
-    recipe: Recipe,
-    backend: Backend,
-    device: torch.device,
-    precision: Precision,
-    checkpoint: Path | None,
-    weights: Weights | None,
-) -> LanguageModel:
-    """The model with its values: from a checkpoint, else from weights, else from the parameter table."""
-    with torch.device("meta"):
-        model = LanguageModel(recipe.model, backend)
-    model = model.to_empty(device=device)
-    model.to(parameter_dtype(precision))
-    model.recompute_every = recipe.recompute_every
-    if checkpoint is not None:
-        fill_parameters(model, _read_tensors(checkpoint / MODEL_FILE))
-    elif weights is not None:
-        fill_parameters(model, weights.tensors)
-    else:
-        initialise(model, recipe.model, recipe.training.seed)
-    return model
-
-
-@torch.no_grad()
-def fill_parameters(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    """Copies tensors into the parameters of the same names; none may be missing or left over."""
-    parameters = dict(model.named_parameters())
-    if differing := parameters.keys() ^ tensors.keys():
-        raise UserError(
-            f"the weights do not fit the recipe's model: {', '.join(sorted(differing)[:5])}",
-            "leave the recipe's model section out: the weights say what the model is",
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
-
-
 def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool) -> tuple[Accelerator, Resolved]:
     """Device, precision and processes of this run."""
     from mambatrain.launch import num_processes_expected
@@ -218,13 +182,6 @@ def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool
         keep_freed_memory()
     resolved = resolve(recipe, folder, device, num_processes_expected(), fresh)
     return start_accelerator(device, resolved.precision), resolved
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(file)
-    return tensors
 
 
 def _device_name(device: torch.device) -> str:
@@ -242,6 +199,10 @@ def describe_data(recipe: Recipe, data: TrainingData) -> list[str]:
         begins = f"from step {stage.first_draw + 1:,}: " if stage.first_draw else ""
         packed = "packed " if recipe.data.packing == "best_fit" else ""
         lines.append(f"{begins}{', '.join(named)}, {packed}rows of {drawn.row_tokens}")
+        for source in drawn.sources:
+            if isinstance(source.windows, DocumentRows):
+                rows = source.windows
+                lines.append(f"{source.name}: {rows.num_windows:,} documents, {rows.num_cut:,} of them cut to a row")
     if data.held_out is None:
         lines[0] += ", nothing held out"
     else:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from mambatrain.data.batches import IGNORED_TARGET, HeldOutBatches, MicroBatch
+from mambatrain.adapters.trained import TrainedTensors
+from mambatrain.data.batches import IGNORED_TARGET, MicroBatch
+from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.training_order import TrainingOrder
 from mambatrain.devices import peak_memory_bytes
 from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
@@ -49,9 +51,13 @@ class TrainingRun:
     folder: RunFolder
     accelerator: Accelerator
     objective: NextTokenLoss
-    """The module itself; its parameters are those of the model."""
+    """The module itself; its parameters are those of the model, and of an adapter where there is one."""
     prepared: torch.nn.Module
     """The objective as Accelerate wrapped it: autocast, and DDP where there are several processes."""
+    trained: TrainedTensors
+    """What the optimizers move and checkpoints hold."""
+    frozen_sha256: str | None
+    """Of the parameters that an adapter leaves as they are; None where the model itself is trained."""
     optimizers: Optimizers
     order: TrainingOrder
     held_out: HeldOutBatches | None
@@ -104,6 +110,7 @@ def train(run: TrainingRun, stop: StopRequest) -> bool:
             fault = find_fault(draw.loss, draw.gradient_norm, draw.num_targets, progress.running, recipe.guards)
             blamed = [] if fault is None else name_gradients(run.objective.model)
             if fault is None:
+                run.trained.refuse_no_gradient()
                 if health_is_due(run):
                     write_health(run, draw)
                 for optimizer in run.optimizers:
@@ -192,8 +199,8 @@ def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
     accelerator, progress = run.accelerator, run.progress
     share = run.held_out.micro_batches(run.micro_batch_rows, accelerator.process_index, accelerator.num_processes)
     with accelerator.autocast(), evaluated_weights(run.optimizers):
-        unless_asked = takewhile(lambda batch: not stop.asked, share)
-        own = measure_held_out(run.objective.model, (batch.to(accelerator.device) for batch in unless_asked), None)
+        batches = (batch.to(accelerator.device) for batch in takewhile(lambda batch: not stop.asked, share))
+        own = measure_held_out(run.objective.model, batches, None, run.objective.first_state())
     nats, num_targets, asked = sum_over_ranks(
         run, torch.tensor([own.nats, own.num_targets, float(stop.asked)], dtype=torch.float64)
     ).tolist()
@@ -225,9 +232,9 @@ def save(run: TrainingRun) -> None:
     if run.accelerator.is_main_process:
         run.reporter.sync()
         with evaluated_weights(run.optimizers):
-            model = {name: value.detach() for name, value in run.objective.model.named_parameters()}
-            state = optimizer_tensors(run.optimizers, run.objective.model)
-            save_checkpoint(run.folder.checkpoints, run.progress, model, state)
+            trained = {name: value.detach() for name, value in run.trained.parameters.items()}
+            state = optimizer_tensors(run.optimizers, run.trained)
+            save_checkpoint(run.folder.checkpoints, run.progress, trained, state)
         prune_checkpoints(run.folder.path, run.recipe.checkpoint, run.progress.best_step)
     run.accelerator.wait_for_everyone()
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mambatrain.adapters.initial_state import InitialState, begin_rows
 from mambatrain.models.language_model import LanguageModel
+from mambatrain.models.state import BlockState
 
 
 class NextTokenLoss(nn.Module):
     """Summed next-token loss; dividing by the step's global number of counted targets is the loop's."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, start: InitialState | None = None) -> None:
         super().__init__()
         self.model = model
+        self.start = start
+        """The trained state that every row begins with; None: an empty one."""
+
+    def first_state(self) -> list[BlockState] | None:
+        """What every row begins with, B = 1; None: an empty one, where the boundaries say so."""
+        return None if self.start is None else self.start.layers()
 
     def forward(self, tokens: Tensor, boundaries: Tensor, targets: Tensor) -> Tensor:
         """tokens (B, L), boundaries (B, L), targets (B, L) -> summed loss in nats, a scalar."""
-        return self.model.summed_loss(tokens, boundaries, targets)
+        boundaries, state = begin_rows(self.first_state(), boundaries)
+        return self.model.summed_loss(tokens, boundaries, targets, state)

@@ -1,4 +1,4 @@
-"""What moves the parameters: groups from the parameter table, and the optimizers' state as tensors by name."""
+"""What moves the parameters: groups of what is trained, and the optimizers' state as tensors by name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mambatrain.models.language_model import LanguageModel
-from mambatrain.models.parameters import parameter_rows
+from mambatrain.adapters.trained import TrainedTensors
 from mambatrain.training.narrow_adamw import NarrowAdamW
 from mambatrain.training.schedule_free import ScheduleFreeAdamW
 
@@ -20,20 +19,18 @@ Optimizers = Sequence[torch.optim.Optimizer]
 """Together they cover every parameter once: one, or Muon and AdamW."""
 
 
-def build_optimizers(model: LanguageModel, section: OptimizerSection) -> Optimizers:
-    """Groups of parameters that decay and that do not, as the model's parameter table says.
+def build_optimizers(trained: TrainedTensors, section: OptimizerSection) -> Optimizers:
+    """Groups of what is trained: what decays, and what does not.
 
-    muon: the projections inside the blocks, which the table calls matrices, are Muon's; all else (embedding, head,
-    norms, convolutions, `A_log`, which is two-dimensional and no matrix) is AdamW's.
+    muon: matrices inside the blocks are Muon's; all else (embedding, head, norms, convolutions, `A_log`, which is
+    two-dimensional and no matrix) is AdamW's.
     """
-    rows = parameter_rows(model.section)
-    names = [name for name, _ in model.named_parameters()]
-    matrices = [name for name in names if section.kind == "muon" and rows[name].is_matrix]
-    others = [name for name in names if name not in matrices]
-    optimizers = [_elementwise(_groups(model, section, others), section)]
+    matrices = [name for name in trained.parameters if section.kind == "muon" and name in trained.matrices]
+    others = [name for name in trained.parameters if name not in matrices]
+    optimizers = [_elementwise(_groups(trained, section, others), section)] if others else []
     if matrices:
         muon = torch.optim.Muon(
-            _groups(model, section, matrices),
+            _groups(trained, section, matrices),
             lr=section.learning_rate,
             momentum=section.muon_momentum,
             # An orthogonal update scaled to the size of AdamW's (arXiv 2502.16982, section 2.2): one rate, one decay.
@@ -43,12 +40,11 @@ def build_optimizers(model: LanguageModel, section: OptimizerSection) -> Optimiz
     return optimizers
 
 
-def _groups(model: LanguageModel, section: OptimizerSection, names: Sequence[str]) -> list[dict[str, object]]:
-    rows, parameters = parameter_rows(model.section), dict(model.named_parameters())
+def _groups(trained: TrainedTensors, section: OptimizerSection, names: Sequence[str]) -> list[dict[str, object]]:
     groups = [
         (
             section.weight_decay if decaying else 0.0,
-            [parameters[name] for name in names if rows[name].decays == decaying],
+            [trained.parameters[name] for name in names if (name in trained.decaying) == decaying],
         )
         for decaying in (True, False)
     ]
@@ -72,20 +68,19 @@ def set_learning_rate(optimizers: Optimizers, learning_rate: float) -> None:
             group["lr"] = learning_rate
 
 
-def optimizer_tensors(optimizers: Optimizers, model: LanguageModel) -> dict[str, Tensor]:
+def optimizer_tensors(optimizers: Optimizers, trained: TrainedTensors) -> dict[str, Tensor]:
     """`PARAMETER.FIELD` -> tensor, for a checkpoint."""
     return {
         f"{name}.{field}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in trained.parameters.items()
         for optimizer in optimizers
         if parameter in optimizer.state
         for field, value in optimizer.state[parameter].items()
     }
 
 
-def restore_optimizer(optimizers: Optimizers, model: LanguageModel, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizers: Optimizers, trained: TrainedTensors, tensors: dict[str, Tensor]) -> None:
     """The inverse of optimizer_tensors."""
-    parameters = dict(model.named_parameters())
     owner = {
         parameter: optimizer
         for optimizer in optimizers
@@ -94,7 +89,7 @@ def restore_optimizer(optimizers: Optimizers, model: LanguageModel, tensors: dic
     }
     for key, value in tensors.items():
         name, field = key.rsplit(".", 1)
-        parameter = parameters[name]
+        parameter = trained.parameters[name]
         # fused AdamW wants its step count beside the parameter, and each field has the dtype that it had
         owner[parameter].state[parameter][field] = value.to(parameter.device)
     for optimizer in optimizers:

@@ -25,6 +25,7 @@ from mambatrain.training.assemble import Where, assemble, choose_parts, start_pr
 from mambatrain.training.loop import train
 from mambatrain.training.metrics import print_fact
 from mambatrain.training.resolve import read_facts, refuse_changed_origin
+from mambatrain.training.results import refuse_moved_base, write_adapter
 from mambatrain.training.stop import StopRequest
 
 Resume = Literal["if-possible", "required", "fresh"]
@@ -77,6 +78,11 @@ def run_training(
         origin = folder if branching is None else run_of(branching)
         begins = checkpoint is None and branching is None
         accelerator, resolved = start_processes(recipe, origin, where, fresh=begins)
+        if recipe.adapter is not None and weights is None:
+            raise UserError(
+                "the recipe trains an adapter, which needs weights to stand on",
+                "mambatrain finetune RECIPE --from WEIGHTS",
+            )
         # All that can be refused is, before a file of the run is written: a typo must not leave a run behind.
         parts = choose_parts(recipe, where, accelerator, resolved, weights)
         if is_main:
@@ -98,9 +104,12 @@ def run_training(
                 run.reporter.say(f"{path} is finished: {run.progress.step:,} steps are done")
             else:
                 stopped = train(run, stop)
+                refuse_moved_base(run)
         finally:
             run.reporter.close()
         if is_main:
+            if recipe.adapter is not None and weights is not None:
+                write_adapter(run, weights)
             _conclude(recipe, folder, stopped)
         accelerator.wait_for_everyone()
     return EXIT_STOPPED if stopped else 0
@@ -184,6 +193,8 @@ def _move_aside(folder: RunFolder) -> None:
         folder.stopped_marker,
         folder.tokenizer_file,
         folder.branch_file,
+        folder.adapter,
+        folder.tuned_state,
         folder.path / "wandb",
         folder.recipe_file,
     )

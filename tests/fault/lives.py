@@ -1,4 +1,4 @@
-"""Runs one recipe in as many lives as it takes: `python lives.py RECIPE RUN SEED KILLS KERNELS`.
+"""Runs one recipe in as many lives as it takes: `python lives.py RECIPE RUN SEED KILLS KERNELS [WEIGHTS]`.
 
 Each life is a fork of this process, which has imported everything and computed nothing, so that a life costs no
 start-up. It is killed with SIGKILL, KILLS times: every fifth at a random moment of its start, the others at a random
@@ -22,16 +22,18 @@ import torch
 import mambatrain.ops.backends  # noqa: F401
 from mambatrain.recipe import read_recipe
 from mambatrain.runs.checkpoint import newest_valid_checkpoint
+from mambatrain.runs.weights import Weights, read_weights
 from mambatrain.training.assemble import Where
 from mambatrain.training.start import run_training
 from mambatrain.training.stop import StopRequest
 
 
-def live(recipe: str, run: Path, kernels: str) -> None:
+def live(recipe: str, run: Path, kernels: str, weights: Weights | None) -> None:
     torch.set_num_threads(1)
     where = Where(device="cpu", kernels=kernels, quiet=True)
+    read = read_recipe(recipe, model=None if weights is None else weights.section)
     with StopRequest() as stop:
-        os._exit(run_training(read_recipe(recipe), run, where, "if-possible", stop))
+        os._exit(run_training(read, run, where, "if-possible", stop, weights))
 
 
 def wait_for_lines(log: Path, child: int, lines: int) -> None:
@@ -53,11 +55,12 @@ def main() -> None:
     recipe, run = sys.argv[1], Path(sys.argv[2])
     rng = random.Random(int(sys.argv[3]))
     kills, kernels = int(sys.argv[4]), sys.argv[5]
+    weights = read_weights(sys.argv[6]) if len(sys.argv) > 6 else None
     lives = []
     for number in range(kills + 1):
         child = os.fork()
         if child == 0:
-            live(recipe, run, kernels)
+            live(recipe, run, kernels, weights)
         if number < kills:
             if number % 5:
                 wait_for_lines(run / "log.jsonl", child, rng.randint(1, 6))

@@ -19,8 +19,10 @@ from mambatrain.training.stop import StopRequest
 TIMES_AND_RATES = {"seconds", "data_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes"}
 
 
-def run_lives(recipe: Path, run: Path, seed: int, kills: int, kernels: str) -> list[dict[str, Any]]:
-    arguments = [recipe, run, str(seed), str(kills), kernels]
+def run_lives(
+    recipe: Path, run: Path, seed: int, kills: int, kernels: str, weights: Path | None = None
+) -> list[dict[str, Any]]:
+    arguments = [recipe, run, str(seed), str(kills), kernels, *([weights] if weights else [])]
     command = [sys.executable, Path(__file__).with_name("lives.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
@@ -58,6 +60,28 @@ def test_kills_change_nothing(
     lives = run_lives(recipe, tmp_path / "killed", 11, kills, kernels)
     assert [life["signal"] for life in undisturbed] == [0]
     assert len({life["checkpoint"] for life in lives if life["signal"] == 9}) > kills // 5, "the run ended too early"
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("block", "kernels", "adapter"),
+    [
+        ("mamba1", "auto", {"targets": ["in_proj", "x_proj", "dt_proj", "out_proj", "embedding"], "tune": ["A_log"]}),
+        ("mamba2", "auto", {"kind": "state", "window": True}),
+    ],
+)
+def test_kills_change_nothing_of_an_adapter(
+    block: str, kernels: str, adapter: dict[str, Any], write_tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = {"model__head_dim": 16} if block == "mamba2" else {}
+    base = read_recipe(str(write_tiny_recipe(model__block=block, **own, training__total_steps=2)))
+    run_training(base, tmp_path / "base", Where("cpu", kernels, quiet=True), "if-possible", StopRequest())
+    recipe = write_tiny_recipe(
+        model=None, adapter=adapter, training__total_steps=30, checkpoint__every_steps=2, evaluation__every_steps=7
+    )
+    run_lives(recipe, tmp_path / "undisturbed", 0, 0, kernels, tmp_path / "base")
+    lives = run_lives(recipe, tmp_path / "killed", 5, 5, kernels, tmp_path / "base")
+    assert {life["signal"] for life in lives[:-1]} == {9}
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
 
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mambatrain.data.batches import IGNORED_TARGET, HeldOutBatches, Span, Windows, read_rows
+from mambatrain.data.batches import IGNORED_TARGET, Span, Windows, read_rows
+from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.token_shards import TokenShard, TokenShardWriter
 from mambatrain.errors import UserError
 

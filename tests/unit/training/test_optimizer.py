@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mambatrain.adapters.trained import whole_model
 from mambatrain.data.training_data import open_training_data
 from mambatrain.devices import end_processes
 from mambatrain.errors import UserError
@@ -61,7 +62,7 @@ def fill_gradients(model: nn.Module) -> None:
 )
 def test_muon_has_the_projections_and_nothing_else(block: str, matrices: set[str], tied: bool) -> None:
     model = tiny_model(block, tie_embeddings=tied)
-    adamw, muon = build_optimizers(model, OptimizerSection(kind="muon", learning_rate=0.1))
+    adamw, muon = build_optimizers(whole_model(model), OptimizerSection(kind="muon", learning_rate=0.1))
     owned = [{id(p) for group in part.param_groups for p in group["params"]} for part in (adamw, muon)]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert owned[0] | owned[1] == set(names)
@@ -75,7 +76,9 @@ def test_an_update_of_muon_is_nearly_orthogonal_and_as_large_as_one_of_adamw() -
     model = tiny_model("mamba1")
     fill_gradients(model)
     before = model.layers[0].mixer.in_proj.weight.detach().clone()
-    for optimizer in build_optimizers(model, OptimizerSection(kind="muon", learning_rate=0.5, weight_decay=0.0)):
+    for optimizer in build_optimizers(
+        whole_model(model), OptimizerSection(kind="muon", learning_rate=0.5, weight_decay=0.0)
+    ):
         optimizer.step()
     update = (model.layers[0].mixer.in_proj.weight.detach() - before) / 0.5  # (64, 16)
     spread = torch.linalg.svdvals(update) / (0.2 * math.sqrt(64))
@@ -178,11 +181,11 @@ def test_bf16_moments_take_half_of_a_checkpoint_s_optimizer_file() -> None:
     model, sizes = tiny_model("mamba1"), {}
     for precision in ("full", "bf16"):
         section = OptimizerSection.model_validate({"learning_rate": 0.1, "state_precision": precision})
-        optimizers = build_optimizers(model, section)
+        optimizers = build_optimizers(whole_model(model), section)
         fill_gradients(model)
         for optimizer in optimizers:
             optimizer.step()
-        tensors = optimizer_tensors(optimizers, model)
+        tensors = optimizer_tensors(optimizers, whole_model(model))
         sizes[precision] = sum(value.numel() * value.element_size() for value in tensors.values() if value.ndim)
     assert sizes["bf16"] * 2 == sizes["full"]
 
