@@ -62,17 +62,12 @@ def test_an_adapter_goes_the_whole_road(run_mambatrain: Run, write_tiny_recipe: 
     merged = run_mambatrain("export", "tuned", "out", "--merge")
     assert merged.returncode == 0, merged.stderr
     assert "trained" in (tmp_path / "out" / "README.md").read_text()
-    again = run_mambatrain(
-        "generate", "out", "--prompt", "def ", "--max-new-tokens", "8", "--seed", "1", "--temperature", "0"
-    )
-    assert again.stdout == generated[0].stdout
-
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     lost = run_mambatrain("evaluate", "tuned")
     assert lost.returncode == 1 and "hint: name it: --base WEIGHTS" in lost.stderr
     found = held_out(run_mambatrain, "tuned", "--base", "elsewhere")
     assert found["nats_per_token"] == pytest.approx(logged_loss(tmp_path / "tuned"), rel=1e-5)
-    average = run_mambatrain("runs", "average", "tuned", "--last", "1", "--out", "mean")
+    average = run_mambatrain("runs", "average", "tuned", "--last", "2", "--out", "mean")
     assert average.returncode == 1 and "trained an adapter" in average.stderr
 
 

@@ -24,7 +24,8 @@ from mambatrain.ops.backends import choose_backend
 from mambatrain.recipe import ModelSection, OptimizerSection, Recipe, read_recipe
 from mambatrain.runs.checkpoint import list_checkpoints
 from mambatrain.runs.folder import read_log
-from mambatrain.training.assemble import Where, fill_parameters
+from mambatrain.training.assemble import Where
+from mambatrain.training.build import fill_parameters
 from mambatrain.training.narrow_adamw import NarrowAdamW
 from mambatrain.training.optimizer import build_optimizers, optimizer_tensors
 from mambatrain.training.schedule_free import ScheduleFreeAdamW, evaluated_weights
