@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import warnings
 from typing import TYPE_CHECKING, Literal
@@ -147,6 +148,7 @@ def end_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
+@functools.cache
 def measure_peak_flops(device: torch.device, precision: Precision) -> tuple[float, str]:
     """FLOP/s that model FLOPs utilisation is measured against, and where the figure comes from.
 

@@ -35,8 +35,12 @@ def num_processes_expected() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launch_workers(arguments: list[str], num_processes: int, stopped_marker: Path) -> int:
+def launch_workers(
+    arguments: list[str], num_processes: int, stopped_marker: Path, num_nodes: int = 1, rendezvous: str | None = None
+) -> int:
     """Runs `mambatrain ARGUMENTS` in processes of this machine and returns the exit code for the shell.
+
+    With several nodes the same is called on each; they meet at `rendezvous`, HOST:PORT of one of them.
 
     SIGTERM, SIGINT, SIGHUP and SIGUSR1 to this process are handed to the workers as SIGTERM, which asks them to save
     and stop; they run in a session of their own, so that a terminal's Ctrl-C reaches them through here alone. The
@@ -49,7 +53,10 @@ def launch_workers(arguments: list[str], num_processes: int, stopped_marker: Pat
     environment["PYTHONSAFEPATH"] = "1"  # `-m` would put the working folder, which may hold `kernels/`, first
     # torchrun would give every process one thread.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    command = [sys.executable, "-m", "mambatrain.launch", f"--nproc-per-node={num_processes}", "--standalone"]
+    meeting = ["--standalone"]
+    if num_nodes > 1:
+        meeting = [f"--nnodes={num_nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}"]
+    command = [sys.executable, "-m", "mambatrain.launch", f"--nproc-per-node={num_processes}", *meeting]
     torchrun: list[subprocess.Popen[bytes]] = []
     asked = 0
 

@@ -11,7 +11,8 @@ from mambatrain.adapters.adapter_folder import CONFIG_FILE, Base, read_factors, 
 from mambatrain.adapters.attach import merge_adapter, trained_shapes
 from mambatrain.errors import UserError
 from mambatrain.recipe import AdapterSection, Recipe, read_recipe
-from mambatrain.runs.checkpoint import MANIFEST_FILE, MODEL_FILE, find_damage, newest_valid_checkpoint
+from mambatrain.runs.checkpoint import MANIFEST_FILE, find_damage, newest_valid_checkpoint
+from mambatrain.runs.checkpoint_tensors import MODEL_FILE
 from mambatrain.runs.folder import RunFolder
 from mambatrain.runs.tensor_files import digest_of_tensors, read_tensors
 from mambatrain.runs.weights import Weights, read_weights

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mambatrain.errors import UserError
 from mambatrain.models.language_model import LanguageModel
@@ -25,24 +24,6 @@ class TrainedTensors:
     """Factor of a product -> the other one; while that is 0, the gradient of this is."""
     unproven: set[str] = field(default_factory=set)
     """Adapter tensors that have not had a gradient yet."""
-
-    @torch.no_grad()
-    def fill(self, tensors: dict[str, Tensor], origin: str) -> None:
-        """Copies tensors into those of the same names.
-
-        Raises:
-            UserError: some are missing, left over or of another shape.
-        """
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        if differing:
-            raise UserError(
-                f"{origin} does not hold what the recipe trains: {', '.join(differing[:5])}",
-                "the recipe and its checkpoints are of two runs; begin again with --fresh",
-            )
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
 
     def refuse_no_gradient(self) -> None:
         """After a backward pass: every adapter tensor has a gradient, once there can be one.

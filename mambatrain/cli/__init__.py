@@ -23,6 +23,7 @@ from mambatrain.cli.kernels import kernels_app
 from mambatrain.cli.plain_help import PlainCommand
 from mambatrain.cli.recipes import recipes_app
 from mambatrain.cli.runs import runs_app
+from mambatrain.cli.slurm import slurm
 from mambatrain.cli.state import state_app
 from mambatrain.cli.tokenizer import tokenizer_app
 from mambatrain.cli.tokens import tokenize
@@ -49,6 +50,7 @@ app.command(cls=PlainCommand, short_help="Continue a prompt.")(generate)
 app.command(cls=PlainCommand, short_help="Talk with a model.")(chat)
 app.command(cls=PlainCommand, short_help="Write weights that other tools open.")(export)
 app.command(cls=PlainCommand, short_help="Say what works on this machine.")(doctor)
+app.command(cls=PlainCommand, short_help="Print a SLURM script for a recipe.")(slurm)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(state_app, name="state")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -52,6 +53,23 @@ GpusOption = Annotated[
 ProcessesOption = Annotated[
     int | None, typer.Option("--processes", min=1, metavar="N", help="Start N processes on the CPU.")
 ]
+NodesOption = Annotated[
+    int,
+    typer.Option("--nodes", min=1, metavar="N", help="Machines on which this same command is run, --gpus on each."),
+]
+RendezvousOption = Annotated[
+    str | None,
+    typer.Option("--rendezvous", metavar="HOST:PORT", help="Where several nodes meet: one of them, and a free port."),
+]
+ShardOption = Annotated[
+    str,
+    typer.Option(
+        "--shard",
+        metavar="no|full|node|N",
+        help="Divide weights, gradients and optimizer state over all processes (full), over those of each machine "
+        "(node), or over groups of N; no: every process holds a copy. The model that comes out is the same.",
+    ),
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where there is a device.")]
 KernelsOption = Annotated[
     Kernels, typer.Option("--kernels", help="Which operators run; what cannot run is refused, never replaced.")
@@ -79,6 +97,48 @@ BranchOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How many processes a command is to become."""
+
+    gpus: int | None
+    processes: int | None
+    nodes: int
+    rendezvous: str | None
+    shard: str
+
+    def is_asked(self) -> bool:
+        """Whether this process is to start others.
+
+        Raises:
+            UserError: the options do not go together.
+        """
+        from mambatrain.errors import UserError
+
+        if self.gpus and self.processes:
+            raise UserError("--gpus and --processes exclude each other", "--processes is for CPUs")
+        if self.nodes > 1 and not (self.gpus or self.processes):
+            raise UserError(f"--nodes {self.nodes} does not say how many processes each has", "add --gpus N")
+        if (self.nodes > 1) != (self.rendezvous is not None):
+            raise UserError("--nodes and --rendezvous HOST:PORT belong together", "HOST is one of the nodes")
+        return bool(self.gpus or self.processes)
+
+    def start(self, folder: Path) -> NoReturn:
+        """Runs this very command line once per device; the workers see that they are workers."""
+        import sys
+
+        from mambatrain.launch import launch_workers
+        from mambatrain.runs.folder import RunFolder
+
+        if self.gpus:
+            from mambatrain.devices import refuse_missing_gpus
+
+            refuse_missing_gpus(self.gpus)
+        count = self.gpus or self.processes or 1
+        marker = RunFolder(folder).stopped_marker
+        raise typer.Exit(launch_workers(sys.argv[1:], count, marker, self.nodes, self.rendezvous))
+
+
 def pretrain(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
@@ -88,6 +148,9 @@ def pretrain(
     overrides: SetOption = None,
     gpus: GpusOption = None,
     processes: ProcessesOption = None,
+    nodes: NodesOption = 1,
+    rendezvous: RendezvousOption = None,
+    shard: ShardOption = "no",
     device: DeviceOption = Device.auto,
     kernels: KernelsOption = Kernels.auto,
     resume: ResumeOption = None,
@@ -113,7 +176,8 @@ def pretrain(
     elif recipe is None:
         raise UserError("there is no RECIPE", "`mambatrain recipes list` names the shipped ones")
     read = read_recipe(recipe, overrides)
-    _train(read, recipe, None, run, gpus, processes, device, kernels, resume, tracker, quiet, branch_from)
+    launch = Launch(gpus, processes, nodes, rendezvous, shard)
+    _train(read, recipe, None, run, launch, device, kernels, resume, tracker, quiet, branch_from)
 
 
 def finetune(
@@ -126,6 +190,9 @@ def finetune(
     overrides: SetOption = None,
     gpus: GpusOption = None,
     processes: ProcessesOption = None,
+    nodes: NodesOption = 1,
+    rendezvous: RendezvousOption = None,
+    shard: ShardOption = "no",
     device: DeviceOption = Device.auto,
     kernels: KernelsOption = Kernels.auto,
     resume: ResumeOption = None,
@@ -143,7 +210,8 @@ def finetune(
     start = open_weights(weights)
     warn_of_damage(start)
     read = read_recipe(recipe, overrides, model=start.section)
-    _train(read, recipe, start, run, gpus, processes, device, kernels, resume, tracker, quiet)
+    launch = Launch(gpus, processes, nodes, rendezvous, shard)
+    _train(read, recipe, start, run, launch, device, kernels, resume, tracker, quiet)
 
 
 def _train(
@@ -151,8 +219,7 @@ def _train(
     name: str,
     weights: Weights | None,
     run: Path | None,
-    gpus: int | None,
-    processes: int | None,
+    launch: Launch,
     device: Device,
     kernels: Kernels,
     resume: bool | None,
@@ -160,14 +227,11 @@ def _train(
     quiet: bool,
     branch_from: Path | None = None,
 ) -> None:
-    from mambatrain.errors import UserError
     from mambatrain.launch import is_worker
 
-    if gpus and processes:
-        raise UserError("--gpus and --processes exclude each other", "--processes is for CPUs")
     folder = run or Path("runs") / Path(name).stem
-    if (gpus or processes) and not is_worker():
-        _launch(gpus, processes, folder)
+    if not is_worker() and launch.is_asked():
+        launch.start(folder)
     from mambatrain.training.stop import StopRequest
 
     with StopRequest() as stop:  # around the heavy imports: a signal during them asks, too
@@ -175,25 +239,10 @@ def _train(
         from mambatrain.training.assemble import Where
         from mambatrain.training.start import run_training
 
-        chosen: Any = "cuda" if gpus else "cpu" if processes else device.value
-        where = Where(chosen, kernels.value, tracker.value, quiet)
+        chosen: Any = "cuda" if launch.gpus else "cpu" if launch.processes else device.value
+        where = Where(chosen, kernels.value, tracker.value, quiet, launch.shard)
         mode: Any = {None: "if-possible", True: "required", False: "fresh"}[resume]
         exit_code = run_training(recipe, folder, where, mode, stop, weights, branch_from)
         end_processes()
     # torchrun turns every worker's code into 1: one that stopped as asked leaves a marker in the run and ends with 0
     raise typer.Exit(0 if is_worker() else exit_code)
-
-
-def _launch(gpus: int | None, processes: int | None, folder: Path) -> None:
-    """Runs this very command line once per device; the workers see that they are workers."""
-    import sys
-
-    from mambatrain.launch import launch_workers
-    from mambatrain.runs.folder import RunFolder
-
-    if gpus:
-        from mambatrain.devices import refuse_missing_gpus
-
-        refuse_missing_gpus(gpus)
-    count = gpus or processes or 1
-    raise typer.Exit(launch_workers(sys.argv[1:], count, RunFolder(folder).stopped_marker))

@@ -70,6 +70,11 @@ class Windows:
         return read_rows([(self.shard, self.spans(int(window))) for window in windows], self.row_tokens)
 
 
+def uncounted(batch: MicroBatch) -> MicroBatch:
+    """The same rows without a target that counts."""
+    return batch._replace(targets=torch.full_like(batch.targets, IGNORED_TARGET))
+
+
 def read_rows(contents: Sequence[tuple[TokenShard, Sequence[Span]]], row_tokens: int) -> MicroBatch:
     """Rows of row_tokens positions, each made of spans of one shard, one behind the other.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mambatrain.data.batches import MicroBatch, Windows
+from mambatrain.data.batches import MicroBatch, Windows, uncounted
 from mambatrain.data.document_rows import DocumentRows
 from mambatrain.data.token_shards import TokenShard
 
@@ -45,7 +45,12 @@ class HeldOutBatches:
         self.num_targets = self.windows.num_targets
 
     def micro_batches(self, rows: int, rank: int = 0, num_ranks: int = 1) -> Iterator[MicroBatch]:
-        """One rank's share (every num_ranks-th window), `rows` windows at a time."""
+        """One rank's share (every num_ranks-th window), `rows` windows at a time.
+
+        Every rank gives equally many micro-batches, since ranks that share a model go through it together: one that has
+        no window left gives a row that does not count.
+        """
         mine = np.arange(rank, self.windows.num_windows, num_ranks, dtype=np.int64)
-        for first in range(0, len(mine), rows):
-            yield self.windows.rows(mine[first : first + rows])
+        for first in range(0, -(-self.windows.num_windows // num_ranks), rows):
+            some = mine[first : first + rows]
+            yield self.windows.rows(some) if len(some) else uncounted(self.windows.rows(np.zeros(1, dtype=np.int64)))

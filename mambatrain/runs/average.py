@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,13 @@ from torch import Tensor
 from mambatrain import __version__
 from mambatrain.errors import UserError
 from mambatrain.files import fsync_file, fsync_folder, sha256_of, write_errors_named, write_json_whole
+from mambatrain.models.parameters import parameter_shapes
 from mambatrain.recipe import ModelSection, read_recipe
-from mambatrain.runs.checkpoint import MODEL_FILE, find_damage, list_checkpoints, read_progress
+from mambatrain.runs.checkpoint import find_damage, list_checkpoints, read_progress
+from mambatrain.runs.checkpoint_tensors import MODEL_FILE, model_files, read_model_tensors
 from mambatrain.runs.folder import RunFolder
 from mambatrain.runs.formats import transformers
+from mambatrain.runs.tensor_files import digest_of
 from mambatrain.runs.weights import check_tensors
 
 RECORD_FILE = "average.json"
@@ -55,23 +57,20 @@ def average_checkpoints(run: RunFolder, last: int, out: Path) -> Averaged:
             "average runs that trained whole weights",
         )
     section = recipe.model
-    tensors = mean_of([checkpoint / MODEL_FILE for checkpoint in checkpoints], section)
+    tensors = mean_of(checkpoints, section)
     _write_whole(out.absolute(), out, tensors, section, run, checkpoints)
     return Averaged(out, tuple(checkpoints))
 
 
-def mean_of(files: list[Path], section: ModelSection) -> dict[str, Tensor]:
-    """Tensor by tensor, the mean of files that all hold the model of `section`, in the dtype of the last file."""
-    from safetensors import safe_open
-
-    with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
-        means: dict[str, Tensor] = {}
-        for name in opened[-1].keys():  # noqa: SIM118  (no dict)
-            newest = opened[-1].get_tensor(name)
-            total = sum((other.get_tensor(name).double() for other in opened[:-1]), newest.double())
-            means[name] = (total / len(files)).to(newest.dtype)
-    check_tensors(means, section, str(files[-1]))
+def mean_of(checkpoints: list[Path], section: ModelSection) -> dict[str, Tensor]:
+    """Tensor by tensor, the mean of checkpoints of the model of `section`, in the dtype of the last one."""
+    means: dict[str, Tensor] = {}
+    for name in parameter_shapes(section):
+        tensors = [tensor for file in checkpoints for tensor in read_model_tensors(file, [name]).values()]
+        if len(tensors) == len(checkpoints):  # else it is missing, which is said below
+            total = sum((other.double() for other in tensors[:-1]), tensors[-1].double())
+            means[name] = (total / len(tensors)).to(tensors[-1].dtype)
+    check_tensors(means, section, str(checkpoints[-1]))
     return means
 
 
@@ -135,7 +134,7 @@ def _provenance(run: RunFolder, checkpoints: list[Path], file: Path) -> dict[str
                 "name": checkpoint.name,
                 "step": progress.step,
                 "tokens_seen": progress.tokens_seen,
-                "model_sha256": sha256_of(checkpoint / MODEL_FILE),
+                "model_sha256": digest_of(model_files(checkpoint)),
             }
             for checkpoint in checkpoints
             for progress in [read_progress(checkpoint)]

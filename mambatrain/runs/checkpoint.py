@@ -1,9 +1,8 @@
 """Checkpoints: everything to resume, written whole, checked before it is trusted, free of code.
 
-    step-00000100/model.safetensors        parameters by name
-    step-00000100/optimizer.safetensors    PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step; others of others
-    step-00000100/progress.json            step, draw, counts, lines of the log
-    step-00000100/manifest.json            size and SHA-256 of the other files; written last
+    step-00000100/*.safetensors    parameters and optimizer: checkpoint_tensors.py
+    step-00000100/progress.json    step, draw, counts, lines of the log
+    step-00000100/manifest.json    size and SHA-256 of the other files; written last
 
 A checkpoint is written under a temporary name and renamed when all of it is on the disk.
 """
@@ -15,22 +14,23 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mambatrain.errors import UserError
 from mambatrain.files import explaining_full_disk, fsync_file, fsync_folder, sha256_of, write_json_whole
+from mambatrain.runs.checkpoint_tensors import missing_kind, write_shards, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mambatrain.recipe import CheckpointSection
 
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "progress.json"
 MANIFEST_FILE = "manifest.json"
+_WRITING = ".writing-"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -87,19 +87,44 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full; earlier checkpoints are untouched.
     """
-    from safetensors.torch import save_file
+    with _writing(checkpoints, progress) as temporary:
+        write_whole(temporary, model, optimizer)
+    return checkpoints / temporary.name.removeprefix(_WRITING)
 
+
+def save_sharded_checkpoint(checkpoints: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
+    """The same by all ranks together, each with its shards; rank 0 makes the folder and ends it.
+
+    Args:
+        checkpoints: the run's folder of checkpoints, on a disk that all ranks see.
+        progress: where the run is.
+        tensors: parameters by name, optimizer tensors by `PARAMETER.FIELD`; sharded (DTensor) or the same on all ranks.
+
+    Raises:
+        UserError: the disk is full; earlier checkpoints are untouched.
+    """
+    from torch.distributed import barrier, get_rank
+
+    temporary = checkpoints / f"{_WRITING}step-{progress.step:08d}"
+    with _writing(checkpoints, progress) if get_rank() == 0 else explaining_full_disk(str(temporary)):
+        barrier()  # the folder is there
+        write_shards(temporary, tensors)
+    barrier()  # it has its name
+
+
+@contextmanager
+def _writing(checkpoints: Path, progress: Progress) -> Iterator[Path]:
+    """A folder under another name, which is made durable and gets its own when the block has filled it."""
     folder = checkpoints / f"step-{progress.step:08d}"
-    temporary = checkpoints / f".writing-{folder.name}"
+    temporary = checkpoints / f"{_WRITING}{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with explaining_full_disk(f"checkpoint {folder}"):
             temporary.mkdir(parents=True)
-            save_file(model, temporary / MODEL_FILE, metadata={"format": "pt"})
-            save_file(optimizer, temporary / OPTIMIZER_FILE, metadata={"format": "pt"})
+            yield temporary
             write_json_whole(temporary / PROGRESS_FILE, asdict(progress))
-            for name in (MODEL_FILE, OPTIMIZER_FILE):
-                fsync_file(temporary / name)
+            for file in temporary.glob("*.safetensors"):
+                fsync_file(file)
             write_json_whole(temporary / MANIFEST_FILE, _manifest_of(temporary))
             fsync_folder(temporary)
             if folder.exists():  # the same step again, after a resume from an earlier one
@@ -109,7 +134,6 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return folder
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -146,8 +170,8 @@ def damages_of(checkpoint: Path) -> Iterator[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         yield f"{manifest_file} is not readable"
         return
-    for required in (MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE):
-        if required not in expected:
+    for required in (missing_kind(set(expected)), None if PROGRESS_FILE in expected else PROGRESS_FILE):
+        if required is not None:
             yield f"{manifest_file} does not list {required}"
     for name, (num_bytes, digest) in expected.items():
         file = checkpoint / name

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from mambatrain.errors import UserError
-from mambatrain.files import sha256_of
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import parameter_rows, parameter_shapes, stored_dtype
 from mambatrain.ops.backends import Backend
 from mambatrain.recipe import ModelSection, read_recipe
-from mambatrain.runs.checkpoint import MANIFEST_FILE, MODEL_FILE, find_damage, newest_valid_checkpoint
+from mambatrain.runs.checkpoint import MANIFEST_FILE, find_damage, newest_valid_checkpoint
+from mambatrain.runs.checkpoint_tensors import MODEL_FILE, model_files, read_model_tensors
 from mambatrain.runs.folder import RunFolder
 from mambatrain.runs.formats import mamba_ssm, transformers
 from mambatrain.runs.formats.tables import NameTable
@@ -131,11 +131,12 @@ def _read_checkpoint(checkpoint: Path, run: RunFolder, known_whole: bool = False
     section = recipe.model
     if recipe.adapter is not None:
         raise UserError(f"{checkpoint} holds an adapter, not whole weights", "mambatrain export --merge makes them")
-    file = checkpoint / MODEL_FILE
-    tensors = read_tensors(file)
-    check_tensors(tensors, section, str(file))
+    files = model_files(checkpoint)
+    whole = files[0].name == MODEL_FILE
+    tensors = read_tensors(files[0]) if whole else read_model_tensors(checkpoint, parameter_shapes(section))
+    check_tensors(tensors, section, str(files[0] if whole else checkpoint))
     tokenizer = run.tokenizer_file if run.tokenizer_file.is_file() else None
-    return Weights(section, tensors, tokenizer, str(checkpoint), sha256_of(file))
+    return Weights(section, tensors, tokenizer, str(checkpoint), digest_of(files))
 
 
 def _read_foreign(folder: Path) -> Weights:

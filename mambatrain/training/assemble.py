@@ -27,15 +27,16 @@ from mambatrain.models.flops import count_parameters, training_flops_per_token
 from mambatrain.ops.backends import Backend, choose_backend
 from mambatrain.ops.self_check import SelfCheck, check_backend
 from mambatrain.recipe import Recipe
-from mambatrain.runs.checkpoint import OPTIMIZER_FILE, Progress, read_progress
+from mambatrain.runs.checkpoint import Progress, read_progress
+from mambatrain.runs.checkpoint_tensors import read_into
 from mambatrain.runs.folder import RunFolder
-from mambatrain.runs.tensor_files import read_tensors
 from mambatrain.runs.weights import Weights
 from mambatrain.training.build import build_objective, parameter_dtype
 from mambatrain.training.loop import TrainingRun
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
 from mambatrain.training.resolve import Resolved, resolve
+from mambatrain.training.sharding import num_shards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,6 +50,8 @@ class Where:
     kernels: str = "auto"
     tracker: Literal["none", "wandb"] = "none"
     quiet: bool = False
+    shard: str = "no"
+    """How many ranks share one copy of the model: `no`, `full`, `node`, or a number."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Parts:
     backend: Backend
     check: SelfCheck
     weights: Weights | None
+    shards: int
+    """Ranks that share one copy of the model; 1: each has its own."""
 
 
 def choose_parts(
@@ -71,12 +76,20 @@ def choose_parts(
     Raises:
         UserError: data, tokenizer, weights and recipe do not fit each other, or a kernel cannot run or is wrong.
     """
+    shards = num_shards(where.shard, accelerator.num_processes)
+    if shards > 1 and recipe.guards.health_every_steps is not None:
+        raise UserError(
+            f"--shard {where.shard} does not go with guards.health_every_steps: one rank alone looks at the layers",
+            "--set guards.health_every_steps=null",
+        )
+    if shards > 1 and recipe.adapter is not None:
+        raise UserError(f"--shard {where.shard} does not go with adapters", "leave --shard out")
     data = open_data(recipe, weights, may_write=accelerator.is_main_process)
     if accelerator.is_main_process:
         data.verify()
     backend = choose_backend(where.kernels, accelerator.device, parameter_dtype(resolved.precision))
     check = check_backend(backend, recipe.model.block, accelerator.device)
-    return Parts(accelerator, resolved, data, backend, check, weights)
+    return Parts(accelerator, resolved, data, backend, check, weights, shards)
 
 
 def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, checkpoint: Path | None) -> TrainingRun:
@@ -92,12 +105,18 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
     """
     accelerator, resolved, data = parts.accelerator, parts.resolved, parts.data
     objective, trained = build_objective(
-        recipe, parts.backend, accelerator.device, resolved.precision, checkpoint, parts.weights
+        recipe,
+        parts.backend,
+        accelerator.device,
+        resolved.precision,
+        parts.weights,
+        parts.shards,
+        begins=checkpoint is None,
     )
     optimizers = build_optimizers(trained, recipe.optimizer)
     progress = Progress()
     if checkpoint is not None:
-        restore_optimizer(optimizers, trained, read_tensors(checkpoint / OPTIMIZER_FILE))
+        restore_optimizer(optimizers, trained, read_into(checkpoint, trained.parameters))
         progress = read_progress(checkpoint)
     facts = describe_run(recipe, parts)
     tracker = None
@@ -119,7 +138,7 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
         folder=folder,
         accelerator=accelerator,
         objective=objective,
-        prepared=accelerator.prepare(objective),
+        prepared=objective if parts.shards > 1 else accelerator.prepare(objective),  # DDP where there are several
         trained=trained,
         frozen_sha256=None if recipe.adapter is None else frozen_digest(objective.model),
         optimizers=optimizers,
@@ -143,6 +162,7 @@ def describe_run(recipe: Recipe, parts: Parts) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": _device_name(device),
         "num_processes": parts.accelerator.num_processes,
+        "shards": parts.shards,
         **asdict(parts.resolved),
         "kernels": {
             "backend": parts.backend.name,
@@ -225,6 +245,8 @@ def _print_facts(
     for line in describe_data(recipe, data):
         print_fact("data", line)
     processes = "1 process" if facts["num_processes"] == 1 else f"{facts['num_processes']} processes"
+    if facts["shards"] > 1:
+        processes += f", {facts['shards']} share a copy of the model,"
     print_fact(
         "training",
         f"{recipe.total_steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts['precision']}, "

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from torch import Tensor
 
 from mambatrain.adapters.attach import attach_adapter
 from mambatrain.adapters.trained import TrainedTensors, whole_model
 from mambatrain.devices import Precision
 from mambatrain.errors import UserError
 from mambatrain.models.language_model import LanguageModel
-from mambatrain.models.parameters import initialise
+from mambatrain.models.parameters import check_table_covers, initial_value, parameter_shapes
 from mambatrain.ops.backends import Backend
 from mambatrain.recipe import Recipe
-from mambatrain.runs.checkpoint import MODEL_FILE
-from mambatrain.runs.tensor_files import read_tensors
 from mambatrain.runs.weights import Weights
 from mambatrain.training.objective import NextTokenLoss
+from mambatrain.training.sharding import fill, shard_model
 
 
 def build_objective(
@@ -26,58 +22,55 @@ def build_objective(
     backend: Backend,
     device: torch.device,
     precision: Precision,
-    checkpoint: Path | None,
     weights: Weights | None,
+    shards: int,
+    begins: bool,
 ) -> tuple[NextTokenLoss, TrainedTensors]:
     """What a micro-batch is trained on, and the tensors that the optimizer moves.
 
     A run that trains an adapter takes the model from its weights at each start: checkpoints hold the adapter alone.
+
+    Args:
+        recipe, backend, device, precision: of the run.
+        weights: what the model starts from; None: the parameter table.
+        shards: how many ranks share one copy of the model.
+        begins: False where a checkpoint will fill what is trained.
     """
+    model = build_model(recipe, backend, device, precision, shards)
     if recipe.adapter is None:
-        model = build_model(recipe, backend, device, precision, checkpoint, weights)
+        if begins:
+            fill_parameters(model, recipe, weights)
         return NextTokenLoss(model), whole_model(model)
     assert weights is not None, "an adapter stands on weights"
-    model = build_model(recipe, backend, device, precision, None, weights)
+    fill_parameters(model, recipe, weights)
     trained, start = attach_adapter(model, recipe.adapter)
-    if checkpoint is not None:
-        trained.fill(read_tensors(checkpoint / MODEL_FILE), str(checkpoint))
     return NextTokenLoss(model, start), trained
 
 
 def build_model(
-    recipe: Recipe,
-    backend: Backend,
-    device: torch.device,
-    precision: Precision,
-    checkpoint: Path | None,
-    weights: Weights | None,
+    recipe: Recipe, backend: Backend, device: torch.device, precision: Precision, shards: int
 ) -> LanguageModel:
-    """The model with its values: from a checkpoint, else from weights, else from the parameter table."""
+    """The model without values: whole, or this rank's shards of it."""
     with torch.device("meta"):
         model = LanguageModel(recipe.model, backend)
-    model = model.to_empty(device=device)
     model.to(parameter_dtype(precision))
     model.recompute_every = recipe.recompute_every
-    if checkpoint is not None:
-        fill_parameters(model, read_tensors(checkpoint / MODEL_FILE))
-    elif weights is not None:
-        fill_parameters(model, weights.tensors)
-    else:
-        initialise(model, recipe.model, recipe.training.seed)
-    return model
+    if shards > 1:
+        shard_model(model, shards, device.type, precision)
+    return model.to_empty(device=device)
 
 
-@torch.no_grad()
-def fill_parameters(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    """Copies tensors into the parameters of the same names; none may be missing or left over."""
-    parameters = dict(model.named_parameters())
-    if differing := parameters.keys() ^ tensors.keys():
+def fill_parameters(model: LanguageModel, recipe: Recipe, weights: Weights | None) -> None:
+    """First values: those of weights, none missing or left over, or those of the parameter table."""
+    check_table_covers(model, recipe.model)
+    if weights is not None and (differing := parameter_shapes(recipe.model).keys() ^ weights.tensors.keys()):
         raise UserError(
             f"the weights do not fit the recipe's model: {', '.join(sorted(differing)[:5])}",
             "leave the recipe's model section out: the weights say what the model is",
         )
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+    for name, parameter in model.named_parameters():
+        value = initial_value(name, recipe.model, recipe.training.seed) if weights is None else weights.tensors[name]
+        fill(parameter, value)
 
 
 def parameter_dtype(precision: Precision) -> torch.dtype:

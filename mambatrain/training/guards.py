@@ -14,6 +14,7 @@ from mambatrain.data.drawn_rows import rows_of_draw
 from mambatrain.data.training_order import TrainingOrder
 from mambatrain.errors import UserError
 from mambatrain.runs.checkpoint import Running
+from mambatrain.training.sharding import float_of
 
 if TYPE_CHECKING:
     from mambatrain.recipe import GuardsSection
@@ -67,7 +68,7 @@ def take_note(running: dict[str, Running], loss: float, gradient_norm: float, gu
 def name_gradients(model: nn.Module) -> list[str]:
     """`NAME (norm)` of the parameters whose gradients are not finite, else of those whose are largest."""
     norms = {
-        name: float(torch.linalg.vector_norm(parameter.grad))
+        name: float_of(torch.linalg.vector_norm(parameter.grad))
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from mambatrain.data.training_order import TrainingOrder
 from mambatrain.devices import peak_memory_bytes
 from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
 from mambatrain.files import explaining_full_disk
-from mambatrain.runs.checkpoint import Progress, prune_checkpoints, save_checkpoint
+from mambatrain.runs.checkpoint import Progress, prune_checkpoints, save_checkpoint, save_sharded_checkpoint
 from mambatrain.training.guards import (
     find_fault,
     first_draw_not_skipped,
@@ -32,6 +31,7 @@ from mambatrain.training.health import health_is_due, write_health
 from mambatrain.training.optimizer import Optimizers, optimizer_tensors, set_learning_rate
 from mambatrain.training.schedule import learning_rate_at
 from mambatrain.training.schedule_free import evaluated_weights
+from mambatrain.training.sharding import clip_gradients, is_sharded, reshard, sum_gradients_in_next_backward
 from mambatrain.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -165,20 +165,17 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
     num_targets = int(sum_over_ranks(run, torch.tensor([count_targets(micro_batches)], dtype=torch.float64))[0])
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for index, micro_batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        # DDP sums gradients over ranks in the backward pass of the last micro-batch alone.
-        with accelerator.no_sync(run.prepared) if not last else nullcontext():
+        is_last = index == len(micro_batches) - 1
+        sum_gradients_in_next_backward(run.prepared, run.objective.model, wanted=is_last)
+        with accelerator.autocast():
             loss = run.prepared(*micro_batch.to(device))
-            # DDP averages over ranks; we want the sum, hence the factor.
-            accelerator.backward(loss * (accelerator.num_processes / max(num_targets, 1)))
+        # Ranks' gradients are averaged; we want the sum, hence the factor.
+        (loss * (accelerator.num_processes / max(num_targets, 1))).backward()
         loss_sum += loss.detach()
-    parameters = [parameter for parameter in run.prepared.parameters() if parameter.grad is not None]
-    gradient_norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-    if torch.isfinite(gradient_norm):  # else clipping would spread NaN over the gradients that are not to blame
-        torch.nn.utils.clip_grads_with_norm_(parameters, run.recipe.training.clip_norm, gradient_norm)
+    gradient_norm = clip_gradients(run.prepared.parameters(), run.recipe.training.clip_norm)
     # One reduction for all that the ranks must agree on.
     total, norm, asked = sum_over_ranks(
-        run, torch.tensor([loss_sum.item(), float(gradient_norm), float(stop.asked)], dtype=torch.float64)
+        run, torch.tensor([loss_sum.item(), gradient_norm, float(stop.asked)], dtype=torch.float64)
     ).tolist()
     return Draw(
         loss=total / max(num_targets, 1),
@@ -199,8 +196,11 @@ def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
     accelerator, progress = run.accelerator, run.progress
     share = run.held_out.micro_batches(run.micro_batch_rows, accelerator.process_index, accelerator.num_processes)
     with accelerator.autocast(), evaluated_weights(run.optimizers):
-        batches = (batch.to(accelerator.device) for batch in takewhile(lambda batch: not stop.asked, share))
+        if not is_sharded(run.objective.model):  # ranks that share a model go through all of it together
+            share = takewhile(lambda batch: not stop.asked, share)
+        batches = (batch.to(accelerator.device) for batch in share)
         own = measure_held_out(run.objective.model, batches, None, run.objective.first_state())
+        reshard(run.objective.model)
     nats, num_targets, asked = sum_over_ranks(
         run, torch.tensor([own.nats, own.num_targets, float(stop.asked)], dtype=torch.float64)
     ).tolist()
@@ -228,13 +228,20 @@ def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
 
 
 def save(run: TrainingRun) -> None:
-    """Writes a checkpoint on rank 0 while the others wait, and removes those the recipe does not keep."""
+    """Writes a checkpoint while all ranks wait, and removes those the recipe does not keep.
+
+    Sharded, every rank writes what it has; else rank 0 does.
+    """
     if run.accelerator.is_main_process:
         run.reporter.sync()
-        with evaluated_weights(run.optimizers):
-            trained = {name: value.detach() for name, value in run.trained.parameters.items()}
-            state = optimizer_tensors(run.optimizers, run.trained)
-            save_checkpoint(run.folder.checkpoints, run.progress, trained, state)
+    with evaluated_weights(run.optimizers):
+        trained = {name: value.detach() for name, value in run.trained.parameters.items()}
+        states = optimizer_tensors(run.optimizers, run.trained)
+        if is_sharded(run.objective.model):
+            save_sharded_checkpoint(run.folder.checkpoints, run.progress, trained | states)
+        elif run.accelerator.is_main_process:
+            save_checkpoint(run.folder.checkpoints, run.progress, trained, states)
+    if run.accelerator.is_main_process:
         prune_checkpoints(run.folder.path, run.recipe.checkpoint, run.progress.best_step)
     run.accelerator.wait_for_everyone()
 

@@ -1,14 +1,11 @@
 """1, 2 and 4 processes: the same order, the same losses, and a run that moves between them."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launches import launch, losses, write_case
 from safetensors.numpy import load_file
 
 from mambatrain.data.batches import IGNORED_TARGET
@@ -57,22 +54,6 @@ MOVED = "mixture-fp64"
 RESUMED = "mamba1-fp32"
 
 
-def launch(world_size: int, cases: list[dict[str, str]], folder: Path) -> None:
-    file = folder / f"cases-{world_size}.json"
-    file.write_text(json.dumps(cases))
-    worker = Path(__file__).with_name("worker.py")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, worker, file],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "EXPECTED_WORLD_SIZE": str(world_size)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     """RUNS/WORLD_SIZE/CASE of every case, and RUNS/WORLD_SIZE/moved resumed from step 4 of 2 processes."""
@@ -97,32 +78,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
         shutil.rmtree(checkpoint)
     launch(4, [{"recipe": str(recipes[RESUMED]), "run": str(again), "resume": "required"}], folder)
     return folder
-
-
-def write_case(file: Path, shards: Path, changes: dict[str, Any]) -> Path:
-    import yaml
-
-    content: dict[str, Any] = {
-        "model": {"block": "mamba1", "d_model": 16, "num_layers": 2, "vocab_size": 512, "d_state": 8},
-        "data": {"shards": str(shards), "row_tokens": 24},
-        "training": {"rows_per_step": 4, "total_steps": 8, "precision": "fp32"},
-        "optimizer": {"learning_rate": 0.01},
-        "evaluation": {"every_steps": 4, "max_tokens": 300},
-        "checkpoint": {"every_steps": 4, "keep_newest": 9},
-    }
-    for path, value in changes.items():
-        section, _, field = path.partition("__")
-        if field:
-            content[section][field] = value
-        else:
-            content[section] = value
-    file.write_text(yaml.safe_dump(content).replace("{shards}", str(shards)))
-    return file
-
-
-def losses(run: Path) -> list[float]:
-    lines = [line for line in read_log(run / "log.jsonl") if line["event"] in {"step", "held_out"}]
-    return [line.get("loss", line.get("held_out_loss")) for line in lines]
 
 
 def skipped_draws(run: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""One process of a launch: runs every case of a JSON file `[{recipe, run, resume}]` one after another.
+"""One process of a launch: runs every case of a JSON file `[{recipe, run, resume, shard}]` one after another.
 
 Starting processes is what costs time, so a launch of one world size runs all cases.
 """
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 from mambatrain.devices import end_processes
 from mambatrain.recipe import read_recipe
@@ -18,7 +19,8 @@ from mambatrain.training.stop import StopRequest
 
 torch.set_num_threads(1)
 for case in json.loads(Path(sys.argv[1]).read_text()):
-    where = Where(device="cpu", kernels="torch", quiet=True)
+    where = Where(device="cpu", kernels="torch", quiet=True, shard=case.get("shard", "no"))
+    AcceleratorState._reset_state()  # precisions differ from case to case
     assert run_training(read_recipe(case["recipe"]), Path(case["run"]), where, case["resume"], StopRequest()) == 0
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     assert world == int(os.environ["EXPECTED_WORLD_SIZE"]), f"{world} processes joined"

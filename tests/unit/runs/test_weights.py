@@ -17,7 +17,8 @@ from mambatrain.files import sha256_of
 from mambatrain.models.parameters import parameter_rows
 from mambatrain.ops.backends import choose_backend
 from mambatrain.recipe import ModelSection, parse_recipe, write_recipe
-from mambatrain.runs.checkpoint import MODEL_FILE, Progress, save_checkpoint
+from mambatrain.runs.checkpoint import Progress, save_checkpoint
+from mambatrain.runs.checkpoint_tensors import MODEL_FILE
 from mambatrain.runs.weights import load_model, read_weights
 
 CPU = torch.device("cpu")

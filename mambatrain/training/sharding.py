@@ -1,0 +1,139 @@
+"""Weights, gradients and optimizer state divided over ranks: PyTorch's FSDP2, block by block.
+
+A matrix is sharded by rows over the ranks of a group and gathered for the moment a block needs it. With groups smaller
+than the run, each group holds the whole model and gradients are summed over groups, too (HSDP).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from mambatrain.errors import UserError
+from mambatrain.models.parameters import parameter_rows
+
+if TYPE_CHECKING:
+    from mambatrain.devices import Precision
+    from mambatrain.models.language_model import LanguageModel
+
+
+def num_shards(asked: str, num_processes: int) -> int:
+    """How many ranks share one copy of the model; 1 is DDP.
+
+    Args:
+        asked: `no`, `full` (all ranks), `node` (those of a machine), or a number.
+        num_processes: of the run.
+
+    Raises:
+        UserError: it is none of these, or does not divide the processes.
+    """
+    numbers = {"no": 1, "full": num_processes, "node": int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
+    if asked not in numbers and not asked.isdecimal():
+        raise UserError(f"--shard {asked} is none of no, full, node or a number", "--shard full divides it over all")
+    shards = numbers[asked] if asked in numbers else int(asked)
+    if shards < 1 or num_processes % shards:
+        raise UserError(
+            f"--shard {asked}: {num_processes} processes do not divide into groups of {shards}",
+            "give a divisor of the number of processes",
+        )
+    return shards
+
+
+def shard_model(model: LanguageModel, shards: int, device_type: str, precision: Precision) -> None:
+    """Divides a model on the meta device over `shards` neighbouring ranks; its values are filled in afterwards.
+
+    Under bf16 the matrices of a block are gathered in bf16 and their gradients summed in fp32. What the parameter table
+    keeps in fp32, and the small matrices beside it, form a unit of their own that nothing casts. The embedding lies in
+    the root's unit: a tied head finds it gathered.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    groups = get_world_size() // shards
+    if groups == 1:
+        mesh = init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device_type, (groups, shards), mesh_dim_names=("replicate", "shard"))
+    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    rows = parameter_rows(model.section)
+    for index, layer in enumerate(model.layers):
+        if precision == "bf16":
+            matrices: list[nn.Module] = [
+                module
+                for name, module in layer.named_modules()
+                if isinstance(module, nn.Linear)
+                and not any(rows[f"layers.{index}.{name}.{of}"].keeps_fp32 for of, _ in module.named_parameters())
+            ]
+            fully_shard(matrices, mesh=mesh, mp_policy=narrow)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "summed_loss")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard_model` was applied."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Behind a forward pass without a backward one: the root's unit stays gathered for that, as other parameters."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copies a whole value, the same on every rank, into a parameter or into this rank's shard of one."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.device, parameter.dtype)
+        # No source rank: every rank cuts its shard from its own copy, nothing is sent.
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> float:
+    """Scales gradients to at most this norm, and returns the norm they had over all shards.
+
+    One that is not finite scales nothing: NaN would spread over the gradients that are not to blame.
+    """
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    total = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in held])
+    if math.isfinite(value := float_of(total)):
+        torch.nn.utils.clip_grads_with_norm_(held, norm, total)
+    return value
+
+
+def float_of(scalar: Tensor) -> float:
+    """A number over all shards; where it is sharded, every rank asks together."""
+    from torch.distributed.tensor import DTensor
+
+    return float(scalar.full_tensor() if isinstance(scalar, DTensor) else scalar)
+
+
+def sum_gradients_in_next_backward(prepared: nn.Module, model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks, or adds to this rank's own until one does.
+
+    Args:
+        prepared: what is called: DDP's wrapper where there is one.
+        model: the language model in it, sharded or not.
+        wanted: True in the last micro-batch of a draw alone.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(prepared, DistributedDataParallel):
+        prepared.require_backward_grad_sync = wanted  # what its context manager no_sync does
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)

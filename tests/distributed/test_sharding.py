@@ -1,0 +1,167 @@
+"""Weights divided over ranks: the losses and weights of one process, and checkpoints that fit any division."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launches import launch, losses, write_case
+
+from mambatrain.runs.checkpoint import find_damage, list_checkpoints
+from mambatrain.runs.checkpoint_tensors import model_files, read_model_tensors
+from mambatrain.runs.folder import read_log
+from mambatrain.runs.weights import read_weights
+
+FP64 = {
+    "training__precision": "fp64",
+    "training__total_steps": 20,
+    "checkpoint__every_steps": 10,
+    "evaluation__every_steps": 10,
+}
+MAMBA2 = {"model__block": "mamba2", "model__head_dim": 16}
+CASES: dict[str, dict[str, Any]] = {
+    "mamba1-fp64": FP64,
+    "mamba2-untied-fp64": {**FP64, **MAMBA2, "model__tie_embeddings": False},
+    "accumulated-fp64": {**FP64, "training__rows_per_step": 12, "training__micro_batch_rows": 1},
+    "recomputed-fp64": {**FP64, **MAMBA2, "training__activation_checkpointing": "every_block"},
+    "mamba2-fp32": MAMBA2,
+    "mamba1-bf16": {"training__precision": "bf16"},
+    "muon-fp64": {**FP64, "optimizer__kind": "muon"},
+    "schedule-free-fp64": {**FP64, "optimizer__kind": "schedule_free"},
+    "narrow-fp32": {"optimizer__state_precision": "bf16"},
+}
+DIVISIONS = {"full over 2": (2, "full"), "full over 4": (4, "full"), "2 groups of 2": (4, "2")}
+CASES_OF = {
+    "one": list(CASES),
+    "full over 2": list(CASES),
+    "full over 4": ["mamba1-fp64", "accumulated-fp64"],
+    "2 groups of 2": ["mamba1-fp64", "mamba2-untied-fp64", "accumulated-fp64", "mamba2-fp32"],
+}
+MOVED = "mamba1-fp64"
+MOVES = {  # from a division to another, behind its first checkpoint
+    "sharded to one process": ("full over 2", 1, "no"),
+    "sharded to 4 processes with a copy each": ("full over 2", 4, "no"),
+    "one process to sharded": ("one", 2, "full"),
+    "2 shards to 4": ("full over 2", 4, "full"),
+    "4 shards to 2 groups of 2": ("full over 4", 4, "2"),
+}
+AGAIN = "2 groups of 2"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """RUNS/DIVISION/CASE of every case, and RUNS/MOVE resumed from the first checkpoint of another division."""
+    folder = tmp_path_factory.mktemp("sharded")
+    recipes = {name: write_case(folder / f"{name}.yaml", tiny_shards, changes) for name, changes in CASES.items()}
+
+    def begun(division: str, shard: str) -> list[dict[str, str]]:
+        return [
+            {"recipe": str(recipes[name]), "run": str(folder / division / name), "resume": "fresh", "shard": shard}
+            for name in CASES_OF[division]
+        ]
+
+    def resumed(run: Path, origin: str, name: str, shard: str) -> dict[str, str]:
+        shutil.copytree(folder / origin / name, run)
+        for checkpoint in list_checkpoints(run)[1:]:
+            shutil.rmtree(checkpoint)
+        return {"recipe": str(recipes[name]), "run": str(run), "resume": "required", "shard": shard}
+
+    def moved(world_size: int) -> list[dict[str, str]]:
+        return [
+            resumed(folder / move, origin, MOVED, shard)
+            for move, (origin, world, shard) in MOVES.items()
+            if world == world_size
+        ]
+
+    launch(2, begun("full over 2", "full"), folder)
+    launch(1, begun("one", "no") + moved(1), folder)
+    launch(4, begun("full over 4", "full") + begun("2 groups of 2", "2"), folder)
+    launch(2, moved(2), folder)
+    launch(4, [*moved(4), resumed(folder / "again", AGAIN, "mamba2-fp32", "2")], folder)
+    return folder
+
+
+def tensor_names(checkpoint: Path) -> set[str]:
+    """Of model and optimizer; which rank writes what several have is not always the same."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in model_files(checkpoint):
+        with safe_open(file, "np") as opened:
+            names |= set(opened.keys())
+    return names
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(str(run)).tensors
+
+
+@pytest.mark.parametrize(("division", "case"), [(name, case) for name in DIVISIONS for case in CASES_OF[name]])
+def test_losses_and_weights_are_those_of_one_process(runs: Path, case: str, division: str) -> None:
+    alone, run = losses(runs / "one" / case), runs / division / case
+    # A bf16 gradient is rounded once more where it is gathered from ranks.
+    tolerance = 1e-10 if case.endswith("fp64") else 1e-5 if case.endswith("fp32") else 3e-3
+    assert len(alone) in (8 + 3, 20 + 3)  # steps, and the held-out losses
+    assert losses(run) == pytest.approx(alone, rel=tolerance)
+    if case.endswith("fp64"):
+        wanted = final_weights(runs / "one" / case)
+        for name, value in final_weights(run).items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-10, atol=1e-10)
+    counts = [line["num_targets"] for line in read_log(run / "log.jsonl") if line["event"] == "step"]
+    assert len(model_files(list_checkpoints(run)[-1])) == DIVISIONS[division][0]
+    assert counts == [line["num_targets"] for line in read_log(runs / "one" / case / "log.jsonl") if "loss" in line]
+
+
+def test_a_rank_holds_its_share_alone(runs: Path) -> None:
+    """Half of each matrix in either file; the files of 2 groups of 2 hold no part twice."""
+    from safetensors import safe_open
+
+    for division, (num_files, _) in DIVISIONS.items():
+        parts: dict[str, list[int]] = {}
+        for file in model_files(list_checkpoints(runs / division / MOVED)[-1]):
+            with safe_open(file, "np") as opened:
+                for name in opened.keys():  # noqa: SIM118  (no dict)
+                    parts.setdefault(name, []).append(int(np.prod(opened.get_slice(name).get_shape())))
+        whole = final_weights(runs / "one" / MOVED)
+        assert {name: sum(parts[name]) for name in whole} == {name: value.numel() for name, value in whole.items()}
+        shards = 2 if division == "2 groups of 2" else num_files
+        assert max(parts["layers.0.mixer.in_proj.weight"]) == whole["layers.0.mixer.in_proj.weight"].numel() // shards
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_goes_on_divided_otherwise(runs: Path, move: str) -> None:
+    assert losses(runs / move) == pytest.approx(losses(runs / "one" / MOVED), rel=1e-10)
+    wanted = final_weights(runs / "one" / MOVED)
+    for name, value in final_weights(runs / move).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-10, atol=1e-10)
+
+
+def test_resumed_in_the_same_division_it_equals_never_stopped_to_the_bit(runs: Path) -> None:
+    resumed, never_stopped = (list_checkpoints(run)[-1] for run in (runs / "again", runs / AGAIN / "mamba2-fp32"))
+    names = tensor_names(never_stopped)
+    assert tensor_names(resumed) == names
+    assert "embedding.weight.exp_avg" in names
+    wanted = read_model_tensors(never_stopped, names)
+    assert all(torch.equal(value, wanted[name]) for name, value in read_model_tensors(resumed, names).items())
+
+
+def test_a_missing_or_changed_shard_is_named(runs: Path, tmp_path: Path) -> None:
+    whole = list_checkpoints(runs / "full over 2" / MOVED)[-1]
+    for damage in ("missing", "changed"):
+        copy = tmp_path / damage / whole.name
+        shutil.copytree(whole, copy)
+        file = model_files(copy)[1]
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.unlink() if damage == "missing" else file.write_bytes(content)
+        assert f"{file} " in str(find_damage(copy))
+        assert damage in str(find_damage(copy))
+    assert find_damage(whole) is None
+
+
+def test_some_tensors_of_a_sharded_checkpoint_are_read_alone(runs: Path) -> None:
+    tensors = read_model_tensors(list_checkpoints(runs / "full over 4" / MOVED)[-1], ["norm_f.weight", "nothing"])
+    assert list(tensors) == ["norm_f.weight"]
+    assert tensors["norm_f.weight"].shape == (16,)
