@@ -29,8 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mamba2-fp32": MAMBA2,
     "mamba1-bf16": {"training__precision": "bf16"},
     "muon-fp64": {**FP64, "optimizer__kind": "muon"},
-    "schedule-free-fp64": {**FP64, "optimizer__kind": "schedule_free"},
-    "narrow-fp32": {"optimizer__state_precision": "bf16"},
+    "schedule-free-fp64": {**FP64, "optimizer__kind": "schedule_free", "schedule": {"kind": "constant"}},
+    "moments-bf16": {"optimizer__state_precision": "bf16"},
 }
 DIVISIONS = {"full over 2": (2, "full"), "full over 4": (4, "full"), "2 groups of 2": (4, "2")}
 CASES_OF = {
@@ -101,7 +101,7 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("division", "case"), [(name, case) for name in DIVISIONS for case in CASES_OF[name]])
 def test_losses_and_weights_are_those_of_one_process(runs: Path, case: str, division: str) -> None:
     alone, run = losses(runs / "one" / case), runs / division / case
-    # A bf16 gradient is rounded once more where it is gathered from ranks.
+    # bf16: a gradient is rounded once more where it is gathered from ranks, and a moment may be rounded the other way.
     tolerance = 1e-10 if case.endswith("fp64") else 1e-5 if case.endswith("fp32") else 3e-3
     assert len(alone) in (8 + 3, 20 + 3)  # steps, and the held-out losses
     assert losses(run) == pytest.approx(alone, rel=tolerance)
