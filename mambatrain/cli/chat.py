@@ -78,9 +78,9 @@ def chat(
     """
     if "" in (stop or []):
         raise typer.BadParameter("an empty text would end every answer", param_hint="'--stop'")
+    from mambatrain.chats.template_files import find_template
     from mambatrain.cli.open_model import open_model, open_tokenizer, record_step
     from mambatrain.generation.conversation import Conversation
-    from mambatrain.generation.template_files import find_template
 
     settings = sampling_settings(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     opened = open_model(weights, kernels.value, device.value, base)

@@ -12,7 +12,6 @@ from mambatrain.cli.train import SetOption
 
 if TYPE_CHECKING:
     from mambatrain.data.open_tokens import Tokens
-    from mambatrain.recipe import Recipe
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at tokens, check, merge and split them.")
 
@@ -180,6 +179,13 @@ def show(
         typer.Option("--draw", min=0, metavar="N", help="As the log counts, from 0; skipped draws are draws, too."),
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, metavar="K", help="Rows of the draw to show.")] = 4,
+    conversations: Annotated[
+        int, typer.Option("--conversations", min=1, metavar="K", help="How many, where no step is named.")
+    ] = 2,
+    weights: Annotated[
+        str | None,
+        typer.Option("--from", metavar="WEIGHTS", help="As `finetune` gets them: their model and tokenizer."),
+    ] = None,
     overrides: SetOption = None,
     json_file: JsonOption = None,
     tokenizer: TokenizerOption = None,
@@ -187,54 +193,45 @@ def show(
     """Show exactly what the model sees at a step: text, document boundaries, targets that do not count.
 
     A bar and a number, e.g. ┃12┃, stand where document 12 begins and the state is reset; what is read but not
-    predicted stands in ⟦brackets⟧.
+    predicted stands in ⟦brackets⟧. Of a recipe with conversations, without a step, some of them are shown one by one.
 
     Example: mambatrain data show demo --step 100 --rows 2
     """
-    from rich.console import Console
-
-    from mambatrain.cli.token_tables import row_text, row_title
-    from mambatrain.data.drawn_rows import rows_of_draw
-    from mambatrain.data.training_data import open_training_data
+    from mambatrain.cli.shown_data import open_shown_data, print_chats, print_rows
     from mambatrain.errors import UserError
 
-    if (step is None) == (draw is None):
+    if step is not None and draw is not None:
         raise UserError("a step or a draw must be named, and not both", "for example --step 1")
-    read, chosen = _recipe_and_draw(recipe, overrides, step, draw)
-    data = open_training_data(read, may_write=False)
-    shown = rows_of_draw(data.order, chosen, rows)
-    console = Console(stderr=json_file == "-", highlight=False)
-    known = [tokens for tokens in data.sources.values() if tokens.tokenizer_file is not None]
-    loaded = _tokenizer_of((known or list(data.sources.values()))[0], tokenizer)
-    for row in shown:
-        console.print(row_title(row), style="bold", soft_wrap=True, markup=False)
-        console.print(row_text(row, loaded), soft_wrap=True)
-        console.print()
-    drawn = data.order.rows_by_source(chosen)
-    counted = ", ".join(f"{count} of {name}" for name, count in drawn.items())
-    console.print(f"draw {chosen:,}: {sum(drawn.values())} rows, {counted}", soft_wrap=True, markup=False)
-    _write_json({"draw": chosen, "rows_by_source": drawn, "rows": [row.as_json() for row in shown]}, json_file)
+    with open_shown_data(recipe, overrides, weights, tokenizer) as data:
+        chats = [tokens for tokens in data.sources.values() if tokens.train.counted is not None]
+        if step is None and draw is None and not chats:
+            raise UserError("a step or a draw must be named, and not both", "for example --step 1")
+        if step is None and draw is None:
+            _write_json(print_chats(chats, conversations, json_file == "-"), json_file)
+            return
+        chosen = _draw_of(recipe, step, draw)
+        known = [tokens for tokens in data.sources.values() if tokens.tokenizer_file is not None]
+        loaded = _tokenizer_of((known or list(data.sources.values()))[0], tokenizer)
+        _write_json(print_rows(data.order, chosen, rows, loaded, json_file == "-"), json_file)
 
 
-def _recipe_and_draw(name: str, overrides: list[str] | None, step: int | None, draw: int | None) -> tuple[Recipe, int]:
-    """The recipe, or that of a run, and the draw that a step was; before it was run, a step is the draw before it."""
+def _draw_of(name: str, step: int | None, draw: int | None) -> int:
+    """The draw that a step of a run was; before it was run, a step is the draw before it."""
     from mambatrain.errors import UserError
-    from mambatrain.recipe import read_recipe
     from mambatrain.runs.folder import RunFolder, read_log
 
     run = RunFolder(Path(name))
-    read = read_recipe(str(run.recipe_file) if run.exists() else name, overrides)
     if draw is not None:
-        return read, draw
+        return draw
     assert step is not None  # the caller's check
     if not run.exists():
-        return read, step - 1
+        return step - 1
     steps = {line["step"]: line["draw"] for line in read_log(run.log_file) if line.get("event") == "step"}
     if step not in steps:
         raise UserError(
             f"{name} has not done step {step:,}; its log ends at {max(steps, default=0):,}", "name a --draw"
         )
-    return read, int(steps[step])
+    return int(steps[step])
 
 
 def _tokenizer_of(tokens: Tokens, asked: Path | None) -> Any:

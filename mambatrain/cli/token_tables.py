@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -70,8 +69,9 @@ def _text(tokenizer: LoadedTokenizer | None, ids: list[int], whole: bool = False
         return f"{first} [... {left_out:,} tokens ...] {last}"
     if tokenizer is None:
         return "".join(f" {token}" for token in ids)
-    text = tokenizer.decode(ids)
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else repr(c)[1:-1] for c in text)
+    from mambatrain.report.chat_text import visible
+
+    return visible(tokenizer.decode(ids))
 
 
 def row_text(row: ShownRow, tokenizer: LoadedTokenizer | None) -> Text:
@@ -83,9 +83,10 @@ def row_text(row: ShownRow, tokenizer: LoadedTokenizer | None) -> Text:
 
     shown = Text()
     for span in row.spans:
-        cuts = sorted({0, 1, len(span.ids), *span.boundaries, *span.uncounted, *(i + 1 for i in span.uncounted)})
         starts = dict(zip(span.boundaries, span.documents, strict=True))
         uncounted = set(span.uncounted)
+        edges = (edge for i in uncounted for edge in (i, i + 1) if (edge in uncounted) != (edge - 1 in uncounted))
+        cuts = sorted({0, 1, len(span.ids), *span.boundaries, *edges})
         pending: list[int] = []  # plain ids, decoded together: a character may need several
         for first, stop in pairwise(cuts):
             if first in starts or first in uncounted:

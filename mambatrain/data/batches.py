@@ -101,6 +101,9 @@ def read_rows(contents: Sequence[tuple[TokenShard, Sequence[Span]]], row_tokens:
                 targets[row, place + before_start] = IGNORED_TARGET
             elif shard.end_id is not None and (seen[before_start] != shard.end_id).any():
                 raise _unended(shard, span, seen, before_start)
+            if shard.counted is not None:
+                of_targets = shard.counted[span.first + 1 : span.first + span.length + 1]
+                targets[row, here][~of_targets] = IGNORED_TARGET
             place += span.length
     return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(boundaries), torch.from_numpy(targets))
 

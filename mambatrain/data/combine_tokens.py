@@ -56,7 +56,7 @@ def merge_tokens(folders: Sequence[str | Path], out: str | Path, seed: int = 0, 
     """
     if len(folders) < 2:
         raise UserError(f"{len(folders)} folder cannot be merged", "name two or more")
-    parts = [open_tokens(folder) for folder in folders]
+    parts = [_open_text(folder) for folder in folders]
     for number, part in enumerate(parts):
         for other in parts[:number]:
             if part.train.file.resolve() == other.train.file.resolve():
@@ -80,8 +80,18 @@ def split_tokens(
     Raises:
         UserError: fewer than two documents, or `out` is in use.
     """
-    tokens = open_tokens(folder)
+    tokens = _open_text(folder)
     return _combine("split", [tokens], _split(tokens, held_out, seed), Path(out), seed, held_out, overwrite)
+
+
+def _open_text(folder: str | Path) -> Tokens:
+    tokens = open_tokens(folder)
+    if tokens.train.counted is not None:
+        raise UserError(
+            f"{folder} holds conversations, which are not merged or split",
+            "name all of their files in data.chats.files; data.chats.held_out splits them",
+        )
+    return tokens
 
 
 def _merged(parts: Sequence[Tokens], seed: int) -> Iterator[_Document]:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mambatrain.data.batches import MicroBatch, Span, read_rows
-from mambatrain.data.packing import spans_of_documents
+from mambatrain.data.packing import count_targets, spans_of_documents
 from mambatrain.data.token_shards import TokenShard
 
 
@@ -32,7 +32,7 @@ class DocumentRows:
         self.num_cut = int((lengths > row_tokens).sum())
         """Documents that are longer than a row."""
         self._firsts, self._lengths = firsts, np.minimum(lengths, row_tokens)
-        self.num_targets = int(self._lengths.sum())
+        self.num_targets = count_targets(shard, np.stack([np.zeros_like(firsts), firsts, self._lengths], axis=1))
 
     def spans(self, window: int) -> list[Span]:
         """The one span of a row; the rest of it is padding."""

@@ -24,7 +24,7 @@ from mambatrain.data.json_documents import (
 )
 from mambatrain.data.sources import SourceFile
 from mambatrain.data.table_documents import read_table
-from mambatrain.data.text_fields import BadText, TextFields
+from mambatrain.data.text_fields import BadText, RowFields, TextFields
 from mambatrain.errors import UserError
 
 MAX_BAD_NAMED = 20  # of the documents that were left out; all of them are counted
@@ -53,6 +53,7 @@ class DocumentReader:
         fields: what of a JSON object or a table's row is the text.
         skip_bad: leave out documents that cannot be read, and count them, instead of stopping at the first.
         start: where to begin, as `place` told it.
+        how_to_skip: what to say to a user who stands before the first.
 
     Attributes:
         place: behind the last document that was given.
@@ -64,12 +65,14 @@ class DocumentReader:
     def __init__(
         self,
         files: Sequence[SourceFile],
-        fields: TextFields | None = None,
+        fields: RowFields | None = None,
         skip_bad: bool = False,
         start: Place = Place(),  # noqa: B008  (frozen)
+        how_to_skip: str = "--skip-bad leaves such documents out and counts them",
     ) -> None:
         self.files = files
-        self.fields = fields or TextFields()
+        self.fields: RowFields = fields or TextFields()
+        self.how_to_skip = how_to_skip
         self.skip_bad = skip_bad
         self.place = start
         self.bytes_read = sum(file.num_bytes for file in files[: start.num_files])
@@ -90,7 +93,7 @@ class DocumentReader:
                     if isinstance(text, str):
                         yield Document(text, origin)
                     else:
-                        self._leave_out(origin, text)
+                        self.leave_out(origin, text)
             except OSError as error:
                 raise UserError(
                     f"{file.name} cannot be read: {error.strerror or error}",
@@ -99,9 +102,14 @@ class DocumentReader:
             self.bytes_read = before + file.num_bytes
             self.place = Place(number + 1)
 
-    def _leave_out(self, origin: str, bad: BadText) -> None:
+    def leave_out(self, origin: str, bad: BadText) -> None:
+        """Counts a document that cannot be used.
+
+        Raises:
+            UserError: they are not to be left out.
+        """
         if not self.skip_bad:
-            hint = "--skip-bad leaves such documents out and counts them"
+            hint = self.how_to_skip
             raise UserError(f"{origin} {bad.reason}", f"{bad.hint}; {hint}" if bad.hint else hint)
         self.num_bad += 1
         if len(self.bad) < MAX_BAD_NAMED:

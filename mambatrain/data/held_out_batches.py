@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from mambatrain.data.batches import MicroBatch, Windows, uncounted
 from mambatrain.data.document_rows import DocumentRows
+from mambatrain.data.packing import PackedWindows, pack_shard
 from mambatrain.data.token_shards import TokenShard
 
 
 class HeldOutBatches:
-    """Whole held-out documents up to a number of tokens, read in order."""
+    """Whole held-out documents up to a number of tokens, read in order; conversations are packed into rows."""
 
     def __init__(
         self,
@@ -36,9 +37,13 @@ class HeldOutBatches:
         fitting = int(np.searchsorted(ends, max_tokens, side="right"))
         num_documents = max(fitting, min(opening + 1, shard.num_documents))
         num_tokens = int(ends[num_documents - 1]) if num_documents else 0
-        self.windows: Windows | DocumentRows = (
-            DocumentRows(shard, row_tokens, num_tokens) if document_rows else Windows(shard, row_tokens, num_tokens)
-        )
+        self.windows: Windows | DocumentRows | PackedWindows
+        if document_rows:
+            self.windows = DocumentRows(shard, row_tokens, num_tokens)
+        elif shard.counted is not None:
+            self.windows = PackedWindows(shard, row_tokens, pack_shard(shard, row_tokens, num_documents))
+        else:
+            self.windows = Windows(shard, row_tokens, num_tokens)
         cut = isinstance(self.windows, DocumentRows) and self.windows.num_cut > 0
         self.num_bytes = None if document_bytes is None or cut else int(document_bytes[:num_documents].sum())
         self.num_documents = max(num_documents - opening, 0)

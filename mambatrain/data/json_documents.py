@@ -8,7 +8,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import IO, Any
 
-from mambatrain.data.text_fields import BadText, TextFields, json_name
+from mambatrain.data.text_fields import BadText, RowFields, json_name
 from mambatrain.errors import UserError
 
 MAX_DOCUMENT_BYTES = 1 << 28
@@ -18,7 +18,7 @@ _READ_BYTES = 1 << 16
 _WHITE_SPACE = " \t\n\r"
 
 
-def read_json_lines(stream: IO[bytes], fields: TextFields, skip: int = 0) -> Iterator[tuple[int, str | BadText]]:
+def read_json_lines(stream: IO[bytes], fields: RowFields, skip: int = 0) -> Iterator[tuple[int, str | BadText]]:
     """Line number, counted from 1, and its text; blank lines are passed over, and so are the first `skip` lines."""
     number = 0
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
@@ -56,14 +56,14 @@ def _parsed(line: str) -> Any:
         return BadText(f"is not JSON: {error}")
 
 
-def _text_of_row(row: Any, fields: TextFields) -> str | BadText:
+def _text_of_row(row: Any, fields: RowFields) -> str | BadText:
     if not isinstance(row, dict):
         return BadText(f"is not a JSON object but {json_name(row)}")
     return fields.text_of(row)
 
 
 def read_json_values(
-    stream: IO[bytes], fields: TextFields, name: str, skip: int = 0
+    stream: IO[bytes], fields: RowFields, name: str, skip: int = 0
 ) -> Iterator[tuple[int, int, str | BadText]]:
     """Number of each object, counted from 1, the line it starts in, and its text; the first `skip` are passed over.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from mambatrain.data.chats_record import ChatsRecord
 from mambatrain.data.pretokenizers import PretokenizerName
 from mambatrain.data.progress import ByteProgress
 from mambatrain.data.sources import SourceFile
@@ -122,8 +123,9 @@ class TokenManifest(Section):
     options: TokenizeOptions
     dtype: Literal["uint16", "int32"]
     """Of the ids on disk."""
-    end_of_document_policy: Literal["appended"] = "appended"
-    """Every document is followed by its end token, and one more opens each shard."""
+    end_of_document_policy: Literal["appended", "none"] = "appended"
+    """appended: every document is followed by its end token, and one more opens each shard. none: a document is its
+    tokens alone, as conversations are."""
     train: ShardRecord
     held_out: ShardRecord
     num_skipped_empty: Count
@@ -147,6 +149,8 @@ class TokenManifest(Section):
     but for duplicates, which are looked for last."""
     files: dict[str, FileRecord]
     """Every other file of the folder."""
+    chats: ChatsRecord | None = None
+    """How conversations became the tokens; None: they are of text."""
     combined: Combination | None = None
     """Where `data merge` or `data split` made the folder: of what; `options` are those of the first part then."""
 

@@ -35,7 +35,7 @@ class PackedWindows:
         self.shard = shard
         self.row_tokens = row_tokens
         self.num_windows = int(packing[-1, 0]) + 1 if len(packing) else 0
-        self.num_targets = int(packing[:, 2].sum())
+        self.num_targets = count_targets(shard, packing)
         self._packing = packing
         self._row_of_span = np.ascontiguousarray(packing[:, 0])
 
@@ -74,9 +74,15 @@ def open_packing(shard: TokenShard, row_tokens: int, digest: str, may_write: boo
     return PackedWindows(shard, row_tokens, kept)
 
 
-def pack_shard(shard: TokenShard, row_tokens: int) -> NDArray[np.int64]:
-    """(num_spans, 3): the row of each span, its first input, its length; sorted by row."""
-    firsts, lengths = spans_of_documents(shard)
+def pack_shard(shard: TokenShard, row_tokens: int, num_documents: int | None = None) -> NDArray[np.int64]:
+    """(num_spans, 3): the row of each span, its first input, its length; sorted by row.
+
+    Args:
+        shard: what is packed.
+        row_tokens: L.
+        num_documents: its first ones, the opening one included; None: all.
+    """
+    firsts, lengths = spans_of_documents(shard, num_documents)
     full, rest = np.divmod(lengths, row_tokens)
     # Whole rows of documents that are longer than one.
     which = np.repeat(np.arange(len(lengths)), full)
@@ -145,14 +151,24 @@ def _run_lengths(ordered: NDArray[np.int64]) -> tuple[list[int], list[int]]:
     return values[::-1].tolist(), counts[::-1].tolist()
 
 
-def spans_of_documents(shard: TokenShard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def count_targets(shard: TokenShard, packing: NDArray[np.int64]) -> int:
+    """Targets that count, over all rows."""
+    if shard.counted is None:
+        return int(packing[:, 2].sum())
+    counted = shard.counted
+    return sum(int(counted[first + 1 : first + length + 1].sum()) for _, first, length in packing.tolist())
+
+
+def spans_of_documents(
+    shard: TokenShard, num_documents: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First input and number of positions of each document that has any.
 
     Marked documents begin at the end token before them; the first of a shard that does not open with one begins at its
     own first token, as all do where none has an end token.
     """
     opening = shard.num_opening
-    starts, lengths = shard.document_starts[opening:], shard.document_lengths[opening:]
+    starts, lengths = shard.document_starts[opening:num_documents], shard.document_lengths[opening:num_documents]
     own_first = starts == 0 if shard.ends_marked else np.ones(len(starts), dtype=bool)
     firsts, positions = np.where(own_first, starts, starts - 1), np.where(own_first, lengths - 1, lengths)
     filled = positions > 0

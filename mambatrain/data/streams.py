@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from mambatrain.data.sources import HUB_PREFIX, SourceFile, described_file, is_stream
-from mambatrain.data.text_fields import TextFields
+from mambatrain.data.text_fields import RowFields
 from mambatrain.errors import UserError, nearest
 
 StandardInputKind = Literal["jsonl", "txt"]
@@ -50,7 +50,7 @@ def parse_hub_source(text: str) -> HubSource:
 def keep_streams(
     sources: Sequence[str | Path],
     folder: Path,
-    fields: TextFields,
+    fields: RowFields,
     standard_input: StandardInputKind = "jsonl",
     streaming: bool = False,
 ) -> list[str | Path | SourceFile]:
@@ -97,7 +97,7 @@ def _downloaded(hub: HubSource) -> list[SourceFile]:
     return [described_file(file, "arrow", label=f"{hub.text}/{number}") for number, file in enumerate(files)]
 
 
-def _stream_rows(hub: HubSource, file: Path, fields: TextFields) -> list[SourceFile]:
+def _stream_rows(hub: HubSource, file: Path, fields: RowFields) -> list[SourceFile]:
     rows = _load(hub, streaming=True)
     with file.open("w", encoding="utf-8") as out:
         opened = iter(rows)

@@ -7,13 +7,13 @@ from typing import IO, Any
 
 from mambatrain.data.json_documents import not_utf8
 from mambatrain.data.sources import SourceFile
-from mambatrain.data.text_fields import BadText, TextFields
+from mambatrain.data.text_fields import BadText, RowFields
 from mambatrain.errors import UserError
 
 _ROWS_AT_ONCE = 256
 
 
-def read_table(file: SourceFile, fields: TextFields, skip: int = 0) -> Iterator[tuple[int, float, str | BadText]]:
+def read_table(file: SourceFile, fields: RowFields, skip: int = 0) -> Iterator[tuple[int, float, str | BadText]]:
     """Row number, counted from 1, the fraction of the file that was read, and the row's text, from row `skip` + 1 on.
 
     Raises:
@@ -40,7 +40,7 @@ def read_table(file: SourceFile, fields: TextFields, skip: int = 0) -> Iterator[
             ) from error
 
 
-def _parquet_batches(file: SourceFile, raw: IO[bytes], fields: TextFields) -> Iterator[tuple[float, Any]]:
+def _parquet_batches(file: SourceFile, raw: IO[bytes], fields: RowFields) -> Iterator[tuple[float, Any]]:
     import pyarrow.parquet as pq
 
     parquet = pq.ParquetFile(raw)
@@ -51,7 +51,7 @@ def _parquet_batches(file: SourceFile, raw: IO[bytes], fields: TextFields) -> It
         yield number / num_rows, batch
 
 
-def _arrow_batches(file: SourceFile, raw: IO[bytes], fields: TextFields) -> Iterator[tuple[float, Any]]:
+def _arrow_batches(file: SourceFile, raw: IO[bytes], fields: RowFields) -> Iterator[tuple[float, Any]]:
     """Both layouts of Arrow: the file, and the stream that the datasets package keeps."""
     import pyarrow as pa
 
@@ -67,13 +67,13 @@ def _arrow_batches(file: SourceFile, raw: IO[bytes], fields: TextFields) -> Iter
         yield min(raw.tell() / max(file.num_bytes, 1), 1.0), batch
 
 
-def _check_columns(file: SourceFile, columns: list[str], fields: TextFields) -> None:
+def _check_columns(file: SourceFile, columns: list[str], fields: RowFields) -> None:
     for name in fields.names:
         if name not in columns:
             raise UserError(f"{file.name} has no column `{name}`", fields.hint_for(name, columns))
 
 
-def _text_of_row(columns: dict[str, Any], row: int, fields: TextFields) -> str | BadText:
+def _text_of_row(columns: dict[str, Any], row: int, fields: RowFields) -> str | BadText:
     try:
         return fields.text_of({name: column[row].as_py() for name, column in columns.items()})
     except UnicodeDecodeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from mambatrain.errors import UserError, nearest
 
@@ -20,6 +20,19 @@ class BadText:
 
     reason: str
     hint: str | None = None
+
+
+class RowFields(Protocol):
+    """What is taken out of a row, as one text."""
+
+    names: tuple[str, ...]
+    """The fields that are looked at; none: all of them."""
+
+    def text_of(self, row: Mapping[str, Any]) -> str | BadText:
+        """The text of a row."""
+
+    def hint_for(self, missing: str, fields: list[str]) -> str:
+        """What to type where a field is not there."""
 
 
 class TextFields:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "held_out")
 DATA_FILES = (*(f"{split}{ending}" for split in SPLITS for ending in (".bin", ".idx", ".bytes.npy")), TOKENIZER_NAME)
 """Every file of the folder but the manifest, which records them."""
+TEMPLATE_NAME = "chat_template.jinja"
+CHAT_FILES = (*DATA_FILES, *(f"{split}.counted.npy" for split in SPLITS), TEMPLATE_NAME, "tokenizer_config.json")
+"""The same of a folder of conversations: beside each shard stands which of its tokens are trained on."""
 
 _MAKE_AGAIN = "copy it again, or make it again with `mambatrain tokenize ... --overwrite`"
 
@@ -46,8 +50,9 @@ class TokenCorpus:
 
     @property
     def digest(self) -> str:
-        """Of both shards, as the manifest has them: hex."""
-        shards = "".join(self.manifest.files[f"{split}.bin"].sha256 for split in SPLITS)
+        """Of both shards, and of what counts in them, as the manifest has them: hex."""
+        endings = (".bin",) if self.manifest.chats is None else (".bin", ".counted.npy")
+        shards = "".join(self.manifest.files[f"{split}{ending}"].sha256 for ending in endings for split in SPLITS)
         return hashlib.sha256(shards.encode()).hexdigest()
 
     @property
@@ -83,7 +88,11 @@ def open_token_corpus(folder: str | Path) -> TokenCorpus:
     shards = {split: TokenShard(place / split, manifest.tokenizer.vocab_size) for split in SPLITS}
     lengths = {split: _open_bytes(place / f"{split}.bytes.npy") for split in SPLITS}
     for split, record in (("train", manifest.train), ("held_out", manifest.held_out)):
-        shards[split].end_id = manifest.tokenizer.end_of_document_id
+        if manifest.chats is None:
+            shards[split].end_id = manifest.tokenizer.end_of_document_id
+        else:
+            shards[split].ends_marked = False
+            shards[split].counted = _open_counted(place / f"{split}.counted.npy", shards[split])
         _check_shard(place, shards[split], lengths[split], record, manifest)
     return TokenCorpus(place, manifest, shards["train"], shards["held_out"], lengths["train"], lengths["held_out"])
 
@@ -105,8 +114,9 @@ def verify_token_corpus(corpus: TokenCorpus) -> None:
 
 def _check_files(place: Path, manifest: TokenManifest) -> None:
     manifest_file = place / MANIFEST_NAME
-    if set(manifest.files) != set(DATA_FILES):
-        raise UserError(f"{manifest_file} does not record the files {', '.join(DATA_FILES)}", _MAKE_AGAIN)
+    expected = DATA_FILES if manifest.chats is None else CHAT_FILES
+    if set(manifest.files) != set(expected):
+        raise UserError(f"{manifest_file} does not record the files {', '.join(expected)}", _MAKE_AGAIN)
     for name, record in manifest.files.items():
         if not (place / name).is_file():
             raise UserError(f"{place / name} does not exist", _MAKE_AGAIN)
@@ -128,23 +138,37 @@ def _check_shard(
 ) -> None:
     if shard.dtype.name != manifest.dtype:
         raise UserError(f"{shard.file} holds {shard.dtype.name} where the manifest says {manifest.dtype}", _MAKE_AGAIN)
-    if (shard.num_documents, shard.num_tokens) != (record.num_documents + 1, record.num_tokens):
+    num_documents = record.num_documents + (manifest.chats is None)  # and the opening one
+    if (shard.num_documents, shard.num_tokens) != (num_documents, record.num_tokens):
         raise UserError(f"{shard.file} and {place / MANIFEST_NAME} count tokens or documents differently", _MAKE_AGAIN)
     if lengths.shape != (shard.num_documents,) or int(lengths.sum()) != record.num_bytes:
         raise UserError(f"{shard.prefix}.bytes.npy does not fit the documents of {shard.file}", _MAKE_AGAIN)
+    if manifest.chats is not None:
+        return
     ends = [int(shard.tokens(at, at + 1)[0]) for at in (0, shard.num_tokens - 1)]
     if ends != [manifest.tokenizer.end_of_document_id] * 2 or shard.document_lengths[0] != 1:
         raise UserError(f"{shard.file} does not begin and end with the end-of-document token", _MAKE_AGAIN)
 
 
 def _open_bytes(file: Path) -> NDArray[np.int64]:
+    return _open_array(file, np.dtype(np.int64))
+
+
+def _open_counted(file: Path, shard: TokenShard) -> NDArray[np.bool_]:
+    counted = _open_array(file, np.dtype(np.bool_))
+    if counted.shape != (shard.num_tokens,):
+        raise UserError(f"{file} does not fit the tokens of {shard.file}", _MAKE_AGAIN)
+    return counted
+
+
+def _open_array(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     try:
-        lengths = np.load(file, mmap_mode="r", allow_pickle=False)
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{file} is damaged: {error}", _MAKE_AGAIN) from error
-    if lengths.dtype != np.int64:
-        raise UserError(f"{file} holds {lengths.dtype}, not int64", _MAKE_AGAIN)
-    return np.asarray(lengths)
+    if values.dtype != dtype:
+        raise UserError(f"{file} holds {values.dtype}, not {dtype}", _MAKE_AGAIN)
+    return np.asarray(values)
 
 
 def is_packing_file(name: str) -> bool:
@@ -157,7 +181,7 @@ def is_packing_file(name: str) -> bool:
 
 def is_token_folder(folder: Path) -> bool:
     """Whether a folder holds what `tokenize` writes and nothing else, so that it may be replaced."""
-    known = {*DATA_FILES, MANIFEST_NAME}
+    known = {*CHAT_FILES, MANIFEST_NAME}
     return (folder / MANIFEST_NAME).is_file() and all(
         entry.name in known or is_packing_file(entry.name) for entry in folder.iterdir()
     )

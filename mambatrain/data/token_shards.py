@@ -63,6 +63,7 @@ class TokenShard:
         end_id: the id that ends every document, None where it is not known. Whoever opens a shard sets it.
         ends_marked: whether every document ends in an end token. Where not, a document begins at its first token, and
             nothing stands between it and the one before.
+        counted: (num_tokens,) bool, the tokens that are trained on; None: all of them. Whoever opens a shard sets it.
         dtype: of the ids on disk.
         num_tokens, num_documents: all of them, end tokens included.
         document_lengths: (num_documents,) int64, tokens of each document.
@@ -78,6 +79,7 @@ class TokenShard:
         self._bytes_read = 0
         self.end_id: int | None = None
         self.ends_marked = True
+        self.counted: NDArray[np.bool_] | None = None
         self.file, index = shard_files(self.prefix)
         for file in (self.file, index):
             if not file.is_file():

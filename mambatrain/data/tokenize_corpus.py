@@ -148,6 +148,8 @@ def _reusable(
     if combined is not None:  # its sources and options are those of its parts, its documents lie otherwise
         parts = ", ".join(part.folder for part in combined.parts)
         raise refuse_other_output(out, [f"by `data {combined.verb}`, from {parts}"])
+    if corpus.manifest.chats is not None:
+        raise refuse_other_output(out, ["from conversations"])
     before, now = corpus.manifest.tokenizer, _record_tokenizer(loaded)
     differences = [f"tokenizer {line}" for line in differing_fields(before.model_copy(update={"file": now.file}), now)]
     differences += differing_fields(corpus.manifest.options, options)

@@ -6,13 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 
 from mambatrain.data.pretokenizers import PRETOKENIZER_NAMES, cut_text, safe_cut
 from mambatrain.data.sentencepiece_model import load_sentencepiece
@@ -137,6 +137,17 @@ def load_tokenizer(where: str | Path, end_of_document: str | None = None) -> Loa
     )
 
 
+def end_token_of_folder(folder: Path) -> str | None:
+    """What a transformers folder says ends a text; None leaves it to the usual names."""
+    try:
+        token: Any = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
 def encode_alike(one: str | Path, other: str | Path) -> bool:
     """Whether two tokenizers (files or folders) give a text the same ids.
 
@@ -152,6 +163,54 @@ def encode_alike(one: str | Path, other: str | Path) -> bool:
         return True
     first, second = (_parse(file, content) for file, content in zip(files, contents, strict=True))
     return _meaning(first) == _meaning(second)
+
+
+def with_special_tokens(loaded: LoadedTokenizer, names: Sequence[str]) -> LoadedTokenizer:
+    """The tokenizer with further special tokens, whose ids follow the highest; those it has already stay as they are.
+
+    Raises:
+        UserError: the tokenizer cannot take them so.
+    """
+    before = loaded.tokenizer.get_vocab(with_added_tokens=True)
+    new = [name for name in names if name not in before]
+    if not new:
+        return loaded
+    tokenizer = _parse(loaded.file, loaded.content)
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in new])
+    after = tokenizer.get_vocab(with_added_tokens=True)
+    if [after.get(name) for name in new] != list(range(loaded.vocab_size, loaded.vocab_size + len(new))):
+        raise UserError(
+            f"{loaded.file} cannot take new tokens: their ids would not follow its highest, {loaded.vocab_size - 1}",
+            "name tokens that it has",
+        )
+    content = tokenizer.to_str(pretty=True).encode()
+    inside = Tokenizer.from_buffer(content)
+    inside.no_truncation()
+    inside.no_padding()
+    inside.encode_special_tokens = True
+    return replace(
+        loaded,
+        tokenizer=inside,
+        content=content,
+        sha256=hashlib.sha256(content).hexdigest(),
+        vocab_size=loaded.vocab_size + len(new),
+    )
+
+
+def tokens_behind(base: str | Path, extended: str | Path) -> list[str] | None:
+    """What one tokenizer has behind the ids of another and is else the same; None: it is another tokenizer.
+
+    Raises:
+        UserError: one of them is not a tokenizer.
+    """
+    files = [_tokenizer_file(Path(where)) for where in (base, extended)]
+    (before, how_before), (after, how_after) = (_meaning(_parse(file, file.read_bytes())) for file in files)
+    behind = {name: number for name, number in after.items() if name not in before}
+    same = all(after.get(name) == number for name, number in before.items()) and how_before == how_after
+    first = max(before.values(), default=-1) + 1
+    if not same or sorted(behind.values()) != list(range(first, first + len(behind))):
+        return None
+    return sorted(behind, key=lambda name: behind[name])
 
 
 def _batches(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:

@@ -17,7 +17,7 @@ from mambatrain.data.token_corpus import verify_token_corpus
 from mambatrain.data.tokenizer import encode_alike
 from mambatrain.data.training_order import AnyWindows, OrderStage, Source, TrainingOrder
 from mambatrain.errors import UserError
-from mambatrain.recipe.data_section import SourceSection
+from mambatrain.recipe.data_section import CHATS, SourceSection
 from mambatrain.recipe.sections import Recipe
 
 
@@ -49,17 +49,22 @@ class TrainingData:
                 verify_token_corpus(tokens.corpus)
 
 
-def open_training_data(recipe: Recipe, may_write: bool = True) -> TrainingData:
+def open_training_data(recipe: Recipe, may_write: bool = True, chats: Path | None = None) -> TrainingData:
     """Opens and checks all that a recipe draws from.
 
     Args:
         recipe: as resolved.
         may_write: packings that were computed are kept beside their shards.
+        chats: the folder that `data.chats` became; needed where the recipe has them.
 
     Raises:
         UserError: a source is missing or empty, does not fit the model or the others, or would be shown too often.
     """
-    sources = {name: open_tokens(name, recipe.model.vocab_size) for name in recipe.data.all_shards}
+    folders: dict[str, str | Path] = {name: name for name in recipe.data.all_shards}
+    if recipe.data.chats is not None:
+        assert chats is not None, "whoever opens conversations has tokenized them"
+        folders[CHATS] = chats
+    sources = {name: open_tokens(folder, recipe.model.vocab_size) for name, folder in folders.items()}
     measured = open_tokens(recipe.data.held_out, recipe.model.vocab_size) if recipe.data.held_out is not None else None
     for tokens in (*sources.values(), *([] if measured is None else [measured])):
         _refuse_other_vocabulary(tokens, recipe)
@@ -143,9 +148,30 @@ def _lower_weight(recipe: Recipe, source: SourceSection, fraction: float) -> flo
 def _windows_of(recipe: Recipe, tokens: Tokens, row_tokens: int, may_write: bool) -> AnyWindows:
     if recipe.trains_state:
         return DocumentRows(tokens.train, row_tokens)
-    if recipe.data.packing == "windows":
+    if tokens.train.counted is not None:
+        refuse_longer_chats(tokens, row_tokens)
+        if recipe.data.packing == "windows":
+            raise UserError(
+                f"data.packing: windows would cut the conversations of {tokens.where} anywhere",
+                "--set data.packing=auto packs conversations and leaves text as it is",
+            )
+    elif recipe.data.packing != "best_fit":
         return Windows(tokens.train, row_tokens)
     return open_packing(tokens.train, row_tokens, tokens.digest, may_write)
+
+
+def refuse_longer_chats(tokens: Tokens, row_tokens: int) -> None:
+    """
+    Raises:
+        UserError: a conversation is longer than a row: its end would be read without its beginning.
+    """
+    for shard in tokens.shards.values():
+        longest = int(shard.document_lengths.max(initial=0))
+        if longest > row_tokens + 1:
+            raise UserError(
+                f"{tokens.where} holds conversations of up to {longest:,} tokens, and a row shows {row_tokens + 1:,}",
+                f"--set data.row_tokens={longest - 1}, or tokenize them again for shorter rows",
+            )
 
 
 def _held_out_batches(recipe: Recipe, first: Tokens, measured: Tokens | None) -> HeldOutBatches | None:
@@ -156,6 +182,8 @@ def _held_out_batches(recipe: Recipe, first: Tokens, measured: Tokens | None) ->
         shard, known = tokens.train, tokens.train_bytes
     if shard is None:
         return None
+    if shard.counted is not None and not recipe.trains_state:
+        refuse_longer_chats(tokens, recipe.data.longest_row_tokens)
     batches = HeldOutBatches(
         shard, known, recipe.data.longest_row_tokens, recipe.evaluation.max_tokens, recipe.trains_state
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.open_tokens import Tokens, open_tokens
+from mambatrain.data.training_data import refuse_longer_chats
 from mambatrain.errors import UserError
 from mambatrain.recipe import Recipe, read_recipe
 from mambatrain.runs.folder import RunFolder
@@ -48,6 +49,8 @@ def find_held_out_text(
         if recipe is None:
             raise UserError(f"{where} is no run, so there is no text that belongs to it", "name some: --data SHARDS")
         named, data = recipe.data.held_out, Path(recipe.data.held_out or recipe.data.all_shards[0])
+        if recipe.data.chats is not None and named is None:
+            data = run_of(where).chats
     else:
         named = str(data)
     tokens = open_tokens(data)
@@ -56,6 +59,8 @@ def find_held_out_text(
     shard, known = tokens.held_out, tokens.held_out_bytes
     if shard is None and named is not None:  # a bare pair that was named for this: all of it
         shard, known = tokens.train, tokens.train_bytes
+    if shard is not None and shard.counted is not None and not document_rows:
+        refuse_longer_chats(tokens, length)
     batches = None if shard is None else HeldOutBatches(shard, known, length, most, document_rows)
     if batches is None or not batches.num_documents:
         raise UserError(f"{data} holds no held-out documents", "tokenize with --held-out FRACTION above 0")
@@ -64,9 +69,11 @@ def find_held_out_text(
 
 def recipe_of_run(where: str) -> Recipe | None:
     """The recipe of a run, or of the run that a checkpoint lies in; None for other weights."""
+    run = run_of(where)
+    return read_recipe(str(run.recipe_file)) if run.exists() else None
+
+
+def run_of(where: str) -> RunFolder:
+    """The run that is named, or the one that a checkpoint lies in; for other weights, one that does not exist."""
     path = Path(where).expanduser()
-    for folder in (path, path.parent.parent):
-        run = RunFolder(folder)
-        if run.exists():
-            return read_recipe(str(run.recipe_file))
-    return None
+    return next((run for run in (RunFolder(path), RunFolder(path.parent.parent)) if run.exists()), RunFolder(path))

@@ -60,7 +60,15 @@ def export_weights(
     tokenizer = find_fitting_tokenizer(weights, end_of_document)
     end_name = tokenizer.end_of_document if tokenizer else None
     dtype_name = str(dtype).removeprefix("torch.")
-    made_of = MadeOf(weights.digest, target.name, dtype_name, tokenizer.sha256 if tokenizer else None, end_name)
+    template = tokenizer.template if tokenizer else None
+    made_of = MadeOf(
+        weights.digest,
+        target.name,
+        dtype_name,
+        tokenizer.sha256 if tokenizer else None,
+        end_name,
+        template.sha256 if template else None,
+    )
     if finished := find_finished_export(out, made_of):
         return finished
     stored = cast_weights(weights, dtype)
@@ -77,6 +85,7 @@ def export_weights(
             how_to_load=target.how_to_load,
             dtype=dtype_name,
             end_of_document=end_name,
+            talks=template is not None,
         )
         check_tensors(folder, stored)
         reader, theirs = target.read_logits(folder, stored, tokenizer)

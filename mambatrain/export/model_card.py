@@ -38,6 +38,10 @@ A {{ kind }} language model of {{ "{:,}".format(parameters.total) }} parameters,
 {% if end_of_document %}
 Every text begins and ends with `{{ end_of_document }}`: put it before a prompt.
 {% endif %}
+{%- if talks %}
+It was trained on conversations; `tokenizer.apply_chat_template(messages, add_generation_prompt=True)` makes a prompt of
+messages.
+{% endif %}
 ## What it is
 
 | | |
@@ -103,7 +107,9 @@ def read_card_facts(weights: Weights) -> CardFacts:
     training = {"tokens seen": f"{progress.tokens_seen:,}", "steps": f"{progress.step:,} of {recipe.total_steps:,}"}
     if started := facts.get("started_from"):
         training["started from"] = str(started["origin"])
-    data = {"token shards": ", ".join(recipe.data.all_shards), "tokens per row": f"{recipe.data.row_tokens:,}"}
+    chats = recipe.data.chats
+    origin = ", ".join(recipe.data.all_shards if chats is None else chats.files)
+    data = {"conversations" if chats else "token shards": origin, "tokens per row": f"{recipe.data.row_tokens:,}"}
     if "data_digest" in facts:
         data["SHA-256 of the training tokens"] = str(facts["data_digest"])
     lines = [line for line in read_log(run.log_file) if line.get("event") == "held_out"]
@@ -128,8 +134,12 @@ def write_model_card(
     how_to_load: str,
     dtype: str,
     end_of_document: str | None,
+    talks: bool = False,
 ) -> None:
-    """Writes a model card with front matter as model hubs read it; `how_to_load` has {name} where the name goes."""
+    """Writes a model card with front matter as model hubs read it; `how_to_load` has {name} where the name goes.
+
+    `talks`: a chat template lies beside it.
+    """
     import jinja2
 
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(TEMPLATE)
@@ -144,5 +154,6 @@ def write_model_card(
         how_to_load=how_to_load.format(name=name),
         dtype=dtype,
         end_of_document=end_of_document,
+        talks=talks,
     )
     file.write_text(text.rstrip() + "\n", encoding="utf-8")

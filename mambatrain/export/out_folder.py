@@ -28,6 +28,8 @@ class MadeOf:
     tokenizer: str | None
     """Digest of tokenizer.json."""
     end_of_document: str | None
+    chat_template: str | None = None
+    """Digest of it."""
 
 
 @dataclass(frozen=True)

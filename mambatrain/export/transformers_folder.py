@@ -39,7 +39,9 @@ def write_folder(folder: Path, weights: Weights, tokenizer: ExportTokenizer | No
     dtype = str(weights.tensors["embedding.weight"].dtype).removeprefix("torch.")
     end_id = tokenizer.end_of_document_id if tokenizer else None
     write_json_whole(folder / "config.json", format_tables.config_from_section(weights.section, dtype, end_id))
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
+    special: dict[str, int | list[int] | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
+    if tokenizer and len(tokenizer.stop_ids) > 1:
+        special["eos_token_id"] = tokenizer.stop_ids
     write_json_whole(folder / "generation_config.json", special if tokenizer else {})
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody but the owner read

@@ -12,9 +12,10 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from mambatrain.chats.template import ChatTemplate, Message
+from mambatrain.chats.turn_end import PROBE, find_turn_end
 from mambatrain.data.tokenizer import LoadedTokenizer
 from mambatrain.errors import UserError
-from mambatrain.generation.chat_template import ChatTemplate, Message
 from mambatrain.generation.reading import Reader
 from mambatrain.generation.sampling import SamplingSettings, sample
 from mambatrain.generation.text_stream import TextStream
@@ -24,11 +25,6 @@ from mambatrain.models.state import TextState
 from mambatrain.runs.state_file import Chat
 
 Ending = Literal["turn", "stop", "length", "interrupted"]
-_PROBE: tuple[Message, ...] = (
-    {"role": "user", "content": "a"},
-    {"role": "assistant", "content": "b"},
-    {"role": "user", "content": "c"},
-)
 _CONTEXT_IDS = 8  # that a tokenizer may look back at to spell a word's space
 
 
@@ -172,13 +168,11 @@ class Conversation:
 
     def _find_ends(self, end_of_document: int, stops: tuple[str, ...]) -> tuple[frozenset[int], tuple[str, ...]]:
         """The ids and the texts that end an answer, found by how the template ends one."""
-        tail = self.template.tail(_PROBE[:2])
-        self.template.continuation(_PROBE[:2], _PROBE)
+        token, mark = find_turn_end(self.template, self._tokenizer)
+        self.template.continuation(PROBE[:2], PROBE)
         stops = (*stops, *self.template.stops)
-        first = self._encode(tail)[:1]
-        if first and first[0] in self._tokenizer.get_added_tokens_decoder():
-            return frozenset([end_of_document, *first]), stops
-        mark = tail.strip()
+        if token is not None:
+            return frozenset([end_of_document, token]), stops
         return frozenset([end_of_document]), (*stops, mark) if mark else stops
 
 

@@ -2,7 +2,8 @@
 
 from mambatrain.recipe.adapter_section import AdapterSection
 from mambatrain.recipe.annotate import annotate_recipe
-from mambatrain.recipe.data_section import DataSection, SourceSection, Stage, StageSection
+from mambatrain.recipe.chat_section import ChatSection
+from mambatrain.recipe.data_section import CHATS, DataSection, SourceSection, Stage, StageSection
 from mambatrain.recipe.files import (
     about_recipe,
     differing_settings,
@@ -24,7 +25,9 @@ from mambatrain.recipe.sections import (
 )
 
 __all__ = [
+    "CHATS",
     "AdapterSection",
+    "ChatSection",
     "CheckpointSection",
     "DataSection",
     "EvaluationSection",

@@ -8,7 +8,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mambatrain.recipe.chat_section import ChatSection
 from mambatrain.recipe.section import PositiveInt, Section
+
+CHATS = "chats"
+"""What `data.chats` is called where sources have names."""
 
 
 class SourceSection(Section):
@@ -45,13 +49,16 @@ class DataSection(Section):
     """Where the tokens come from and in which order."""
 
     shards: str | None = None
-    """Folder that `mambatrain tokenize` wrote, or a .bin/.idx pair without its ending; or give `sources`."""
+    """Folder that `mambatrain tokenize` wrote, or a .bin/.idx pair without its ending; or give `sources` or `chats`."""
     sources: Annotated[list[SourceSection], Field(min_length=1)] | None = None
     """A mixture: several of them, each `{shards, weight}` or `{shards, tokens}`, with `max_epochs` where wanted."""
+    chats: ChatSection | None = None
+    """Conversations instead of shards, `{files, template, ...}`: see ChatSection."""
     row_tokens: PositiveInt
     """L, tokens in one training row."""
-    packing: Literal["windows", "best_fit"] = "windows"
-    """windows: rows cut the stream anywhere. best_fit: rows hold whole documents; only what is longer is cut."""
+    packing: Literal["auto", "windows", "best_fit"] = "auto"
+    """windows: rows cut the stream anywhere. best_fit: rows hold whole documents; only what is longer is cut.
+    auto: best_fit for conversations, windows for text."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Key of the permutation of windows."""
     stages: list[StageSection] = Field(default_factory=list)
@@ -65,8 +72,11 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def check_sources(self) -> Self:
-        if (self.shards is None) == (self.sources is None):
-            raise ValueError("give exactly one of shards and sources; null unsets")
+        if [self.shards, self.sources, self.chats].count(None) != 2:
+            raise ValueError("give exactly one of shards, sources and chats; null unsets")
+        if self.chats is not None and (self.stages or self.packing == "windows"):
+            what = "stages" if self.stages else "packing windows, which cuts conversations anywhere,"
+            raise ValueError(f"{what} does not go with chats; leave it out")
         for place, sources in self._named_sources():
             names = [source.shards for source in sources]
             if twice := next((name for name in names if names.count(name) > 1), None):
@@ -91,7 +101,7 @@ class DataSection(Section):
     @property
     def all_shards(self) -> list[str]:
         """What is drawn from at any time, each once, in the order of appearance."""
-        first = [] if self.shards is None else [self.shards]
+        first = [self.shards or CHATS] if self.sources is None else []
         named = [source.shards for _, sources in self._named_sources() for source in sources]
         return list(dict.fromkeys([*first, *named]))
 
@@ -126,7 +136,7 @@ def resolve_stages(data: DataSection, rows_per_step: int, total_steps: int) -> l
     """
     tokens_per_step = rows_per_step * data.row_tokens
     starts = [0, *(-(-stage.from_tokens // tokens_per_step) for stage in data.stages)]
-    sources = data.sources or [SourceSection(shards=data.shards or "", weight=1.0)]
+    sources = data.sources or [SourceSection(shards=data.shards or CHATS, weight=1.0)]
     row_tokens, place = data.row_tokens, "data.sources" if data.sources else "data.shards"
     stages = []
     for number, (start, stop) in enumerate(zip(starts, [*starts[1:], total_steps], strict=True)):

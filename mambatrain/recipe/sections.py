@@ -13,6 +13,7 @@ from mambatrain.recipe.adapter_section import AdapterSection
 from mambatrain.recipe.data_section import DataSection, Stage, resolve_stages
 from mambatrain.recipe.guards_section import GuardsSection
 from mambatrain.recipe.optimizer_section import OptimizerSection, ScheduleSection
+from mambatrain.recipe.parameter_section import ParameterSection
 from mambatrain.recipe.section import PositiveInt, Section
 
 __all__ = [
@@ -207,6 +208,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     guards: GuardsSection = GuardsSection()
+    parameters: ParameterSection = ParameterSection()
     adapter: AdapterSection | None = None
     """`finetune`: train an adapter (LoRA, DoRA) or an initial state in place of the weights; null: the weights."""
 
@@ -232,7 +234,9 @@ class Recipe(Section):
             self.adapter.check_model(self.model)
         if self.trains_state and self.optimizer.kind == "muon":
             raise ValueError("optimizer.kind muon moves matrices, and adapter.kind state trains none; take adamw")
-        if self.trains_state and self.data.packing != "windows":
+        if self.adapter is not None and self.parameters != ParameterSection():
+            raise ValueError("parameters (frozen, rates) is about training the weights; with an adapter leave it out")
+        if self.trains_state and self.data.packing != "auto":
             raise ValueError(
                 f"data.packing {self.data.packing} puts several documents in a row; with adapter.kind state each row "
                 "holds one document, whatever the packing: leave it out"

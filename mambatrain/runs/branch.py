@@ -147,8 +147,9 @@ def begin_branch(checkpoint: Path, recipe: Recipe, folder: RunFolder) -> Path:
         write_text_whole(folder.recipe_file, write_recipe(recipe))  # first: it says that the other files are a run's
         write_json_whole(folder.branch_file, asdict(branching))
         write_json_whole(folder.facts_file, facts | {"started_from": None})
-        if origin.tokenizer_file.exists():
-            write_text_whole(folder.tokenizer_file, origin.tokenizer_file.read_text(encoding="utf-8"))
+        for file in (origin.tokenizer_file, *origin.chat_files):
+            if file.exists():
+                write_text_whole(folder.path / file.name, file.read_text(encoding="utf-8"))
         write_text_whole(folder.log_file, b"".join(past).decode())
         return _link_whole(checkpoint, folder.checkpoints)
 

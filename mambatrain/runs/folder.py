@@ -2,7 +2,8 @@
 
 RUN/recipe.yaml        the recipe with every setting spelled out
 RUN/run.json           where it ran: backend, precision, devices, versions, data digest
-RUN/tokenizer.json     the tokenizer of its data
+RUN/tokenizer.json     the tokenizer of its data; beside it chat_template.jinja and tokenizer_config.json, of chats
+RUN/chats/             the conversations it is trained on, in tokens
 RUN/branched_from.json of a branch: the checkpoint it began with, and the settings that are others since
 RUN/log.jsonl          one JSON object a line: a step, or a held-out evaluation
 RUN/checkpoints/       step-00000100/, ...
@@ -37,6 +38,8 @@ class RunFolder:
         self.recipe_file = path / "recipe.yaml"
         self.facts_file = path / "run.json"
         self.tokenizer_file = path / "tokenizer.json"
+        self.chat_files = path / "chat_template.jinja", path / "tokenizer_config.json"
+        self.chats = path / "chats"
         self.branch_file = path / "branched_from.json"
         self.log_file = path / "log.jsonl"
         self.checkpoints = path / "checkpoints"

@@ -214,7 +214,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    metadata = ["config.json", "tokenizer.json", "*.index.json"]
+    metadata = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.index.json"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*metadata, "*.safetensors"]))
         if not list(folder.glob("*.safetensors")):

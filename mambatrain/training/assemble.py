@@ -11,8 +11,10 @@ import torch
 
 import mambatrain
 from mambatrain.adapters.attach import describe_adapter, frozen_digest
+from mambatrain.chats.open_chats import open_chats
 from mambatrain.data.document_rows import DocumentRows
-from mambatrain.data.tokenizer import encode_alike
+from mambatrain.data.packing import PackedWindows
+from mambatrain.data.tokenizer import tokens_behind
 from mambatrain.data.training_data import TrainingData, open_training_data
 from mambatrain.devices import (
     DeviceName,
@@ -24,6 +26,7 @@ from mambatrain.devices import (
 from mambatrain.errors import UserError
 from mambatrain.files import explaining_full_disk, write_json_whole
 from mambatrain.models.flops import count_parameters, training_flops_per_token
+from mambatrain.models.parameters import parameter_shapes
 from mambatrain.ops.backends import Backend, choose_backend
 from mambatrain.ops.self_check import SelfCheck, check_backend
 from mambatrain.recipe import Recipe
@@ -34,9 +37,10 @@ from mambatrain.runs.weights import Weights
 from mambatrain.training.build import build_objective, parameter_dtype
 from mambatrain.training.loop import TrainingRun
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
+from mambatrain.training.name_patterns import freeze_parameters, rates_of
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
 from mambatrain.training.resolve import Resolved, resolve
-from mambatrain.training.sharding import num_shards
+from mambatrain.training.sharding import num_shards, refuse_with_shards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,22 +73,30 @@ class Parts:
 
 
 def choose_parts(
-    recipe: Recipe, where: Where, accelerator: Accelerator, resolved: Resolved, weights: Weights | None
+    recipe: Recipe,
+    folder: RunFolder,
+    origin: RunFolder,
+    where: Where,
+    accelerator: Accelerator,
+    resolved: Resolved,
+    weights: Weights | None,
 ) -> Parts:
-    """Opens the data, chooses the kernels and lets them prove themselves.
+    """Opens the data (conversations are tokenized into the run's folder), chooses the kernels and lets them prove
+    themselves.
 
     Raises:
         UserError: data, tokenizer, weights and recipe do not fit each other, or a kernel cannot run or is wrong.
     """
     shards = num_shards(where.shard, accelerator.num_processes)
-    if shards > 1 and recipe.guards.health_every_steps is not None:
-        raise UserError(
-            f"--shard {where.shard} does not go with guards.health_every_steps: one rank alone looks at the layers",
-            "--set guards.health_every_steps=null",
-        )
-    if shards > 1 and recipe.adapter is not None:
-        raise UserError(f"--shard {where.shard} does not go with adapters", "leave --shard out")
-    data = open_data(recipe, weights, may_write=accelerator.is_main_process)
+    if shards > 1:
+        refuse_with_shards(recipe, where.shard)
+    rates_of(recipe.parameters, list(parameter_shapes(recipe.model)))  # refuses patterns that fit nothing
+    if recipe.data.chats is not None:
+        if accelerator.is_main_process:
+            known = origin.tokenizer_file if origin.tokenizer_file.is_file() else None
+            open_chats(recipe, known if weights is None else weights.tokenizer_file, folder.chats)
+        accelerator.wait_for_everyone()
+    data = open_data(recipe, weights, folder, may_write=accelerator.is_main_process)
     if accelerator.is_main_process:
         data.verify()
     backend = choose_backend(where.kernels, accelerator.device, parameter_dtype(resolved.precision))
@@ -113,7 +125,9 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
         parts.shards,
         begins=checkpoint is None,
     )
-    optimizers = build_optimizers(trained, recipe.optimizer)
+    if recipe.adapter is None:
+        freeze_parameters(objective.model, recipe.parameters)
+    optimizers = build_optimizers(trained, recipe.optimizer, recipe.parameters)
     progress = Progress()
     if checkpoint is not None:
         restore_optimizer(optimizers, trained, read_into(checkpoint, trained.parameters))
@@ -177,14 +191,14 @@ def describe_run(recipe: Recipe, parts: Parts) -> dict[str, Any]:
     }
 
 
-def open_data(recipe: Recipe, weights: Weights | None, may_write: bool) -> TrainingData:
+def open_data(recipe: Recipe, weights: Weights | None, folder: RunFolder, may_write: bool) -> TrainingData:
     """The recipe's tokens, checked against the model and against the tokenizer of the starting weights."""
-    data = open_training_data(recipe, may_write)
+    data = open_training_data(recipe, may_write, folder.chats)
     if (
         weights is not None
         and weights.tokenizer_file is not None
         and data.tokenizer_file is not None
-        and not encode_alike(weights.tokenizer_file, data.tokenizer_file)
+        and tokens_behind(weights.tokenizer_file, data.tokenizer_file) is None
     ):
         raise UserError(
             f"{', '.join(data.sources)} was tokenized with another tokenizer than that of {weights.origin}",
@@ -217,7 +231,7 @@ def describe_data(recipe: Recipe, data: TrainingData) -> list[str]:
         shares = data.order.shares_of(stage.first_draw)
         named = [f"{share:.1%} {name}" if len(shares) > 1 else name for name, share in shares.items()]
         begins = f"from step {stage.first_draw + 1:,}: " if stage.first_draw else ""
-        packed = "packed " if recipe.data.packing == "best_fit" else ""
+        packed = "packed " if all(isinstance(one.windows, PackedWindows) for one in drawn.sources) else ""
         lines.append(f"{begins}{', '.join(named)}, {packed}rows of {drawn.row_tokens}")
         for source in drawn.sources:
             if isinstance(source.windows, DocumentRows):

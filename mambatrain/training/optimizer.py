@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mambatrain.adapters.trained import TrainedTensors
+from mambatrain.recipe.parameter_section import ALL_PARAMETERS, ParameterSection
+from mambatrain.training.name_patterns import rates_of
 from mambatrain.training.narrow_adamw import NarrowAdamW
 from mambatrain.training.schedule_free import ScheduleFreeAdamW
 
@@ -16,21 +18,28 @@ if TYPE_CHECKING:
     from mambatrain.recipe import OptimizerSection
 
 Optimizers = Sequence[torch.optim.Optimizer]
-"""Together they cover every parameter once: one, or Muon and AdamW."""
+"""Together they cover every trained parameter once: one, or Muon and AdamW."""
 
 
-def build_optimizers(trained: TrainedTensors, section: OptimizerSection) -> Optimizers:
-    """Groups of what is trained: what decays, and what does not.
+def build_optimizers(
+    trained: TrainedTensors, section: OptimizerSection, choice: ParameterSection = ALL_PARAMETERS
+) -> Optimizers:
+    """Groups of what is trained: what decays, and what does not, at each of their rates; frozen ones are in none.
 
     muon: matrices inside the blocks are Muon's; all else (embedding, head, norms, convolutions, `A_log`, which is
     two-dimensional and no matrix) is AdamW's.
+
+    Raises:
+        UserError: a pattern of names in `choice` fits nothing.
     """
-    matrices = [name for name in trained.parameters if section.kind == "muon" and name in trained.matrices]
-    others = [name for name in trained.parameters if name not in matrices]
-    optimizers = [_elementwise(_groups(trained, section, others), section)] if others else []
+    rates = rates_of(choice, list(trained.parameters))
+    names = [name for name, parameter in trained.parameters.items() if parameter.requires_grad]
+    matrices = [name for name in names if section.kind == "muon" and name in trained.matrices]
+    others = [name for name in names if name not in matrices]
+    optimizers = [_elementwise(_groups(trained, section, others, rates), section)] if others else []
     if matrices:
         muon = torch.optim.Muon(
-            _groups(trained, section, matrices),
+            _groups(trained, section, matrices, rates),
             lr=section.learning_rate,
             momentum=section.muon_momentum,
             # An orthogonal update scaled to the size of AdamW's (arXiv 2502.16982, section 2.2): one rate, one decay.
@@ -40,15 +49,27 @@ def build_optimizers(trained: TrainedTensors, section: OptimizerSection) -> Opti
     return optimizers
 
 
-def _groups(trained: TrainedTensors, section: OptimizerSection, names: Sequence[str]) -> list[dict[str, object]]:
+def _groups(
+    trained: TrainedTensors, section: OptimizerSection, names: Sequence[str], rates: dict[str, float]
+) -> list[dict[str, object]]:
     groups = [
         (
             section.weight_decay if decaying else 0.0,
-            [trained.parameters[name] for name in names if (name in trained.decaying) == decaying],
+            times,
+            [
+                trained.parameters[name]
+                for name in names
+                if (name in trained.decaying) == decaying and rates[name] == times
+            ],
         )
+        for times in dict.fromkeys(rates[name] for name in names)
         for decaying in (True, False)
     ]
-    return [{"params": params, "weight_decay": weight_decay} for weight_decay, params in groups if params]
+    return [
+        {"params": params, "weight_decay": weight_decay, "times": times}
+        for weight_decay, times, params in groups
+        if params
+    ]
 
 
 def _elementwise(groups: list[dict[str, object]], section: OptimizerSection) -> torch.optim.Optimizer:
@@ -62,10 +83,10 @@ def _elementwise(groups: list[dict[str, object]], section: OptimizerSection) -> 
 
 
 def set_learning_rate(optimizers: Optimizers, learning_rate: float) -> None:
-    """The rate of the next update, for every group."""
+    """The rate of the next update; each group has it times its own factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["times"]
 
 
 def optimizer_tensors(optimizers: Optimizers, trained: TrainedTensors) -> dict[str, Tensor]:

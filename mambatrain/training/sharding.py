@@ -20,6 +20,7 @@ from mambatrain.models.parameters import parameter_rows
 if TYPE_CHECKING:
     from mambatrain.devices import Precision
     from mambatrain.models.language_model import LanguageModel
+    from mambatrain.recipe import Recipe
 
 
 def num_shards(asked: str, num_processes: int) -> int:
@@ -42,6 +43,20 @@ def num_shards(asked: str, num_processes: int) -> int:
             "give a divisor of the number of processes",
         )
     return shards
+
+
+def refuse_with_shards(recipe: Recipe, asked: str) -> None:
+    """
+    Raises:
+        UserError: the recipe asks for something that a divided model does not do.
+    """
+    refused = {
+        "guards.health_every_steps": recipe.guards.health_every_steps is not None,
+        "adapter": recipe.adapter is not None,
+        "parameters.frozen": bool(recipe.parameters.frozen),
+    }
+    if named := [setting for setting, is_set in refused.items() if is_set]:
+        raise UserError(f"--shard {asked} does not go with {', '.join(named)}", "leave one of them out")
 
 
 def shard_model(model: LanguageModel, shards: int, device_type: str, precision: Precision) -> None:

@@ -26,7 +26,9 @@ from mambatrain.training.loop import train
 from mambatrain.training.metrics import print_fact
 from mambatrain.training.resolve import read_facts, refuse_changed_origin
 from mambatrain.training.results import refuse_moved_base, write_adapter
+from mambatrain.training.show_chats import show_chats
 from mambatrain.training.stop import StopRequest
+from mambatrain.training.vocabulary import fit_vocabulary
 
 Resume = Literal["if-possible", "required", "fresh"]
 
@@ -58,6 +60,7 @@ def run_training(
     Raises:
         UserError: the folder holds another recipe's run or is in use, or something does not fit.
     """
+    recipe, weights = fit_vocabulary(recipe, weights)
     folder = RunFolder(path)
     is_main = rank_of_process() == 0
     with folder.locked() if is_main else nullcontext():
@@ -84,7 +87,7 @@ def run_training(
                 "mambatrain finetune RECIPE --from WEIGHTS",
             )
         # All that can be refused is, before a file of the run is written: a typo must not leave a run behind.
-        parts = choose_parts(recipe, where, accelerator, resolved, weights)
+        parts = choose_parts(recipe, folder, origin, where, accelerator, resolved, weights)
         if is_main:
             if not begins:
                 # A branch begins with a checkpoint; what the first run began with is in that run's own facts.
@@ -94,6 +97,7 @@ def run_training(
                 _prepare_folder(recipe, folder, checkpoint, damaged, parts.data.tokenizer_file)
             else:
                 begin_branch(branching, recipe, folder)
+            show_chats(parts.data)
         accelerator.wait_for_everyone()
         if branching is not None:
             checkpoint = folder.checkpoints / branching.name
@@ -120,9 +124,10 @@ def refuse_foreign_folder(folder: RunFolder) -> None:
     Raises:
         UserError: there are files in the folder and no run that they could belong to.
     """
-    # A life that was killed while it wrote the recipe has left a partial file.
-    ours = (".lock", f".{folder.recipe_file.name}.partial")
-    files = [path for path in folder.path.iterdir() if path.name not in ours and not path.name.startswith("before-")]
+    # A life that was killed while it wrote the recipe has left a partial file; one that was refused, its conversations.
+    chats = folder.chats.name
+    ours = (".lock", f".{folder.recipe_file.name}.partial", "before-", chats, f".{chats}.")
+    files = [path for path in folder.path.iterdir() if not path.name.startswith(ours)]
     if files and not folder.exists():
         raise UserError(f"{folder.path} is not empty and holds no run", "give a new --run folder")
 
@@ -159,6 +164,9 @@ def _prepare_folder(
         cut_log(folder.log_file, 0 if checkpoint is None else read_progress(checkpoint).log_lines)
         if tokenizer is not None and checkpoint is None:
             write_text_whole(folder.tokenizer_file, tokenizer.read_text(encoding="utf-8"))
+            for file in folder.chat_files:
+                if (beside := tokenizer.with_name(file.name)).is_file():
+                    write_text_whole(file, beside.read_text(encoding="utf-8"))
 
 
 def _conclude(recipe: Recipe, folder: RunFolder, stopped: bool) -> None:
@@ -192,6 +200,7 @@ def _move_aside(folder: RunFolder) -> None:
         folder.loss_picture,
         folder.stopped_marker,
         folder.tokenizer_file,
+        *folder.chat_files,
         folder.branch_file,
         folder.adapter,
         folder.tuned_state,

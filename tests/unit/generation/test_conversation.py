@@ -7,13 +7,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mambatrain.chats.template import ChatTemplate, Message
+from mambatrain.chats.template_files import CHATML, PLAIN
 from mambatrain.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mambatrain.errors import UserError
-from mambatrain.generation.chat_template import ChatTemplate, Message
 from mambatrain.generation.conversation import Conversation, Place
 from mambatrain.generation.reading import Reader
 from mambatrain.generation.sampling import SamplingSettings
-from mambatrain.generation.template_files import CHATML, PLAIN
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import initialise
 from mambatrain.ops.backends import choose_backend
@@ -271,7 +271,7 @@ def test_an_end_that_is_no_special_token_becomes_a_stop_text(make: Make) -> None
         ("{% for m in messages[-1:] %}{{ m.content }}{% endfor %}", "changes earlier turns|elsewhere"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "puts an answer elsewhere than asked for"),
         ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "elsewhere than asked for"),
-        ("{{ raise_exception('no chats') }}", "failed: no chats"),
+        ("{{ raise_exception('no chats') }}", "failed in line 1: no chats"),
         ("line one\n{% for %}", "is wrong in line 2"),
     ],
 )

@@ -70,8 +70,8 @@ def test_what_is_written_is_read_again() -> None:
 @pytest.mark.parametrize(
     ("data", "line", "hint"),
     [
-        ({}, "data: give exactly one of shards and sources; null unsets", None),
-        ({"shards": "a", "sources": AB}, "data: give exactly one of shards and sources; null unsets", None),
+        ({}, "data: give exactly one of shards, sources and chats; null unsets", None),
+        ({"shards": "a", "sources": AB}, "data: give exactly one of shards, sources and chats; null unsets", None),
         (
             {"sources": [{"shards": "a", "weigth": 0.7}]},
             "data.sources.0.weigth: no such setting",
@@ -143,7 +143,7 @@ def test_what_is_written_is_read_again() -> None:
         ),
         (
             {"shards": "a", "packing": "bestfit"},
-            "data.packing: input should be 'windows' or 'best_fit', not 'bestfit'",
+            "data.packing: input should be 'auto', 'windows' or 'best_fit', not 'bestfit'",
             None,
         ),
     ],

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from mambatrain.chats.template import ChatTemplate, Message
+from mambatrain.chats.template_files import CHATML, PLAIN, RAW, find_template
 from mambatrain.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mambatrain.errors import UserError
-from mambatrain.generation.chat_template import ChatTemplate, Message
-from mambatrain.generation.template_files import CHATML, PLAIN, find_template
 
 END = "<|endoftext|>"
 MESSAGES: list[Message] = [
@@ -35,7 +35,7 @@ def tokenizer(tiny_shards: Path, tmp_path: Path) -> LoadedTokenizer:
     return load_tokenizer(tmp_path / "tokenizer.json")
 
 
-@pytest.mark.parametrize("source", [CHATML, PLAIN, RICH], ids=["chatml", "plain", "rich"])
+@pytest.mark.parametrize("source", [CHATML, PLAIN, RAW, RICH], ids=["chatml", "plain", "raw", "rich"])
 @pytest.mark.parametrize("prompt", [False, True])
 def test_it_renders_as_transformers_does(source: str, prompt: bool, tokenizer: LoadedTokenizer) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

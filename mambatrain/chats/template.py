@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,8 +16,11 @@ from mambatrain.errors import UserError
 if TYPE_CHECKING:
     import jinja2
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role` and `content`, both text, and whatever else a template looks at."""
 _NOT_INCREMENTAL = "with it every turn would change what was read: --template names another"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OPEN, _CLOSE = "\U000f8a01", "\U000f8a02"  # private characters that no text holds; where one does, it is noticed
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,45 @@ class ChatTemplate:
         Raises:
             UserError: the template is wrong, or refuses these messages.
         """
+        return self._render(self._compiled, messages, add_generation_prompt)
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether it says itself what is trained on: `{% generation %} ... {% endgeneration %}`."""
+        return _GENERATION.search(self.source) is not None
+
+    def render_marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of some messages, and the spans of characters that the template marks as generated.
+
+        Raises:
+            UserError: the template is wrong, or refuses these messages.
+        """
+        text, spans = "", []
+        for piece in self._render(self._compiled_with_marks, messages, False).split(_OPEN):
+            marked, close, rest = piece.partition(_CLOSE)
+            if close:
+                spans.append((len(text), len(text) + len(marked)))
+            text += marked + rest
+        if text != self.render(messages):  # marks inside of what the template calculates with, or in the messages
+            raise UserError(f"the marks of generation in the chat template {self.name} do not hold text", "mend it")
+        return text, spans
+
+    def _render(self, template: jinja2.Template, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         import jinja2
 
         try:
-            return self._compiled.render(
+            return template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token,
                 eos_token=self.eos_token,
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"the chat template {self.name} failed: {error}", "--template names another") from error
+            line = _line_of(error)
+            where = f" in line {line}" if line else ""
+            raise UserError(
+                f"the chat template {self.name} failed{where}: {error}", "mend it, or name another template"
+            ) from error
 
     def tail(self, messages: Sequence[Message]) -> str:
         """What stands behind the last message's text, which is an answer.
@@ -82,17 +114,34 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
+        return self._compile(marks=("", ""))
+
+    @cached_property
+    def _compiled_with_marks(self) -> jinja2.Template:
+        return self._compile(marks=(_OPEN, _CLOSE))
+
+    def _compile(self, marks: tuple[str, str]) -> jinja2.Template:
         import jinja2
 
         try:
-            return _environment().from_string(self.source)
+            return _environment(marks).from_string(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"the chat template {self.name} is wrong in line {error.lineno}: {error.message}", "mend it"
             ) from error
 
 
-def _environment() -> jinja2.Environment:
+def _line_of(error: BaseException) -> int | None:
+    """The line of the template that an error came from."""
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":  # jinja's name for one that is no file
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def _environment(marks: tuple[str, str]) -> jinja2.Environment:
     """As transformers has it (utils/chat_template_utils.py): templates come with weights and must not run code."""
     import jinja2
     import jinja2.ext
@@ -105,7 +154,9 @@ def _environment() -> jinja2.Environment:
 
         def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
             next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            opening, closing = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in marks)
+            return [opening, *body, closing]
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
