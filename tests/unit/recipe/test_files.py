@@ -196,7 +196,10 @@ def test_an_annotated_recipe_says_what_each_setting_means() -> None:
     for name, section in recipe:
         if name == "about":
             continue
-        assert lines[lines.index(f"{name}:") - 1].startswith("# ")
+        line = f"{name}:" if section is not None else f"{name}: null"
+        assert lines[lines.index(line) - 1].startswith("# ")
+        if section is None:
+            continue
         for field in type(section).model_fields:
             settings = [i for i, line in enumerate(lines) if line.startswith(f"  {field}: ")]
             assert settings, field
