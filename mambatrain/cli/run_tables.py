@@ -38,6 +38,7 @@ def run_lines(run: RunFolder, summary: RunSummary) -> Iterator[str]:
     from mambatrain.models.flops import count_parameters
     from mambatrain.recipe import read_recipe
     from mambatrain.report.loss_sketch import sketch_loss
+    from mambatrain.runs.branch import read_branching
     from mambatrain.runs.checkpoint import list_checkpoints, read_progress, step_of
     from mambatrain.runs.folder import read_log
     from mambatrain.runs.overview import folder_bytes, read_run_facts
@@ -48,6 +49,9 @@ def run_lines(run: RunFolder, summary: RunSummary) -> Iterator[str]:
     yield f"state        {summary.state}, step {summary.step:,} of {summary.total_steps:,}, last written " + (
         f"{format_age(summary.seconds_since_change)} ago, {format_bytes(summary.num_bytes)} on disk"
     )
+    if (came_from := read_branching(run)) is not None:
+        yield f"branched     at step {came_from.step:,} from {came_from.checkpoint}"
+        yield from (f"  {line}" for line in came_from.changed)
     yield f"model        {recipe.model.block}, {parts['total']:,} parameters: " + ", ".join(
         f"{name} {count:,}" for name, count in parts.items() if count and name != "total"
     )

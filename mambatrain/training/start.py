@@ -66,18 +66,8 @@ def run_training(
     with folder.locked() if is_main else nullcontext():
         if is_main and resume == "fresh":
             _move_aside(folder)
-        if is_main:
-            refuse_foreign_folder(folder)
-            refuse_other_recipe(recipe, folder)
         damaged: list[str] = []
-        checkpoint = None if resume == "fresh" else checkpoint_to_resume(path, damaged)
-        if checkpoint is None and resume == "required":
-            raise UserError(f"{path} holds no whole checkpoint to resume from", "leave --resume out to begin a new run")
-        if is_main and branch_from is not None:
-            refuse_other_branch(branch_from, folder)
-        branching = branch_from if checkpoint is None else None
-        if is_main and branching is not None:
-            refuse_branch(branching, recipe)
+        checkpoint, branching = _find_start(recipe, folder, resume, branch_from, damaged)
         origin = folder if branching is None else run_of(branching)
         begins = checkpoint is None and branching is None
         accelerator, resolved = start_processes(recipe, origin, where, fresh=begins)
@@ -117,6 +107,28 @@ def run_training(
             _conclude(recipe, folder, stopped)
         accelerator.wait_for_everyone()
     return EXIT_STOPPED if stopped else 0
+
+
+def _find_start(
+    recipe: Recipe, folder: RunFolder, resume: Resume, branch_from: Path | None, damaged: list[str]
+) -> tuple[Path | None, Path | None]:
+    """The folder's own checkpoint to resume from, else that of another run to branch from; neither: the beginning."""
+    is_main = rank_of_process() == 0
+    if is_main:
+        refuse_foreign_folder(folder)
+        refuse_other_recipe(recipe, folder)
+    checkpoint = None if resume == "fresh" else checkpoint_to_resume(folder.path, damaged)
+    if checkpoint is None and resume == "required":
+        raise UserError(
+            f"{folder.path} holds no whole checkpoint to resume from", "leave --resume out to begin a new run"
+        )
+    if is_main and branch_from is not None:
+        refuse_other_branch(branch_from, folder)
+    if checkpoint is not None or branch_from is None:
+        return checkpoint, None
+    if is_main:
+        refuse_branch(branch_from, recipe)
+    return None, branch_from
 
 
 def refuse_foreign_folder(folder: RunFolder) -> None:

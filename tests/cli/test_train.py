@@ -99,6 +99,9 @@ def test_a_branch_takes_its_recipe_from_the_run_it_leaves(
     assert done.returncode == 0, done.stderr
     assert json.loads((branch / "branched_from.json").read_text())["changed"] == ["schedule.kind: cosine -> linear"]
     assert read_log(branch / "log.jsonl")[-1]["step"] == 12
+    shown = run_mambatrain("runs", "show", branch).stdout
+    step = int(checkpoint.name[5:])
+    assert f"branched     at step {step} from {checkpoint}\n  schedule.kind: cosine -> linear" in shown
 
 
 @pytest.mark.parametrize("processes", [1, 2])
