@@ -73,6 +73,8 @@ class ChatFields:
         """The conversation of a row, spelled so that `ReadChat.from_text` reads it."""
         try:
             format = self._format_of(row)
+            if row.get("tools") or row.get("functions"):  # a model that never saw them could only guess what to call
+                raise _BadChatError("holds tools that may be called, which is not supported")
             messages, counts = _READERS[format](self, row)
             _check_order(messages)
             return ReadChat(messages, counts, format).as_text()

@@ -26,6 +26,11 @@ class MicroBatch(NamedTuple):
     targets: Tensor
     """(B, L) int64, the next token; IGNORED_TARGET where a position does not count."""
 
+    @property
+    def num_targets(self) -> int:
+        """Targets that count."""
+        return int((self.targets != IGNORED_TARGET).sum())
+
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 

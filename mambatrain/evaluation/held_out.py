@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mambatrain.adapters.initial_state import begin_rows
-from mambatrain.data.batches import IGNORED_TARGET, MicroBatch
+from mambatrain.data.batches import MicroBatch
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.state import BlockState
 
@@ -65,7 +65,7 @@ def measure_held_out(
             boundaries, state = begin_rows(start, batch.boundaries)
             loss = model.summed_loss(batch.tokens, boundaries, batch.targets, state)
             nats += float(loss)  # a Python float is fp64; waits for the device once a micro-batch
-            num_targets += int((batch.targets != IGNORED_TARGET).sum())
+            num_targets += batch.num_targets
     return HeldOutLoss(nats, num_targets, num_bytes)
 
 

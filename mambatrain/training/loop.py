@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mambatrain.adapters.trained import TrainedTensors
-from mambatrain.data.batches import IGNORED_TARGET, MicroBatch
 from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.training_order import TrainingOrder
 from mambatrain.devices import peak_memory_bytes
@@ -162,7 +161,8 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
         run.progress.draw, run.micro_batch_rows, accelerator.process_index, accelerator.num_processes
     )
     data_seconds = time.perf_counter() - started
-    num_targets = int(sum_over_ranks(run, torch.tensor([count_targets(micro_batches)], dtype=torch.float64))[0])
+    own_targets = sum(micro_batch.num_targets for micro_batch in micro_batches)
+    num_targets = int(sum_over_ranks(run, torch.tensor([own_targets], dtype=torch.float64))[0])
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for index, micro_batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
@@ -288,11 +288,6 @@ def finite_or_none(value: float) -> float | None:
 def is_due(interval: int, run: TrainingRun) -> bool:
     """Whether something that happens every `interval` steps, and at the last one, happens now."""
     return run.progress.step % interval == 0 or run.progress.step == run.recipe.total_steps
-
-
-def count_targets(micro_batches: list[MicroBatch]) -> int:
-    """Targets that count."""
-    return sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in micro_batches)
 
 
 def sum_over_ranks(run: TrainingRun, values: Tensor) -> Tensor:

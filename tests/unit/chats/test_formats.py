@@ -89,6 +89,7 @@ def test_a_messages_own_word_is_kept_apart_from_what_the_template_sees() -> None
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "holds a list in `content of",
         ),
+        ({"messages": HELLO, "tools": [{"name": "look_up"}]}, "holds tools that may be called"),
         ({"messages": [HELLO[0], {"role": "assistant", "tool_calls": [{}]}]}, "holds `tool_calls` in message 2"),
         ({"messages": [{**HELLO[0], "weight": 0.5}]}, "has weight 0.5 in message 1; a message counts (1, true) or not"),
         ({"messages": [{**HELLO[0], "weight": 1, "train": False}]}, "has weight 1, train False in message 1"),
