@@ -18,6 +18,8 @@ from mambatrain.errors import UserError
 from mambatrain.models.parameters import parameter_rows
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
     from mambatrain.devices import Precision
     from mambatrain.models.language_model import LanguageModel
     from mambatrain.recipe import Recipe
@@ -93,6 +95,8 @@ def shard_model(model: LanguageModel, shards: int, device_type: str, precision: 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard_model` was applied."""
+    if not _in_a_group():
+        return False
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
@@ -100,21 +104,20 @@ def is_sharded(model: nn.Module) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Behind a forward pass without a backward one: the root's unit stays gathered for that, as other parameters."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    if is_sharded(model):
+        cast("FSDPModule", model).reshard()
 
 
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copies a whole value, the same on every rank, into a parameter or into this rank's shard of one."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    if _in_a_group():
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if isinstance(parameter, DTensor):
-        value = value.to(parameter.device, parameter.dtype)
-        # No source rank: every rank cuts its shard from its own copy, nothing is sent.
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        if isinstance(parameter, DTensor):
+            value = value.to(parameter.device, parameter.dtype)
+            # No source rank: every rank cuts its shard from its own copy, nothing is sent.
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(value)
 
 
@@ -132,9 +135,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float) -> float:
 
 def float_of(scalar: Tensor) -> float:
     """A number over all shards; where it is sharded, every rank asks together."""
-    from torch.distributed.tensor import DTensor
+    if _in_a_group():
+        from torch.distributed.tensor import DTensor
 
-    return float(scalar.full_tensor() if isinstance(scalar, DTensor) else scalar)
+        if isinstance(scalar, DTensor):
+            scalar = scalar.full_tensor()
+    return float(scalar)
 
 
 def sum_gradients_in_next_backward(prepared: nn.Module, model: nn.Module, wanted: bool) -> None:
@@ -145,10 +151,14 @@ def sum_gradients_in_next_backward(prepared: nn.Module, model: nn.Module, wanted
         model: the language model in it, sharded or not.
         wanted: True in the last micro-batch of a draw alone.
     """
-    from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
     if isinstance(prepared, DistributedDataParallel):
         prepared.require_backward_grad_sync = wanted  # what its context manager no_sync does
-    elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+    elif is_sharded(model):
+        cast("FSDPModule", model).set_requires_gradient_sync(wanted)
+
+
+def _in_a_group() -> bool:
+    """Whether there are other ranks; spares a lone process the import of FSDP, most of a second."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
