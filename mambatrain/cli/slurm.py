@@ -21,7 +21,10 @@ def slurm(
     ] = None,
     time: Annotated[str, typer.Option("--time", metavar="D-HH:MM:SS", help="Time limit of one job.")] = "24:00:00",
     seconds_to_save: Annotated[
-        int, typer.Option("--seconds-to-save", min=30, help="How long before the limit the run is told to save.")
+        int,
+        typer.Option(
+            "--seconds-to-save", min=30, metavar="N", help="How long before the limit the run is told to save."
+        ),
     ] = 300,
     run: RunOption = None,
     overrides: SetOption = None,

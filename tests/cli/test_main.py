@@ -34,6 +34,7 @@ VERBS = [
     "data show",
     "data split",
     "doctor",
+    "slurm",
     "evaluate",
     "generate",
     "chat",

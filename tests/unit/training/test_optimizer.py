@@ -25,7 +25,6 @@ from mambatrain.recipe import ModelSection, OptimizerSection, Recipe, read_recip
 from mambatrain.runs.checkpoint import list_checkpoints
 from mambatrain.runs.folder import read_log
 from mambatrain.training.assemble import Where
-from mambatrain.training.build import fill_parameters
 from mambatrain.training.narrow_adamw import NarrowAdamW
 from mambatrain.training.optimizer import build_optimizers, optimizer_tensors
 from mambatrain.training.schedule_free import ScheduleFreeAdamW, evaluated_weights
@@ -169,7 +168,7 @@ def test_schedule_free_evaluates_and_saves_its_average(
     model = LanguageModel(recipe.model, choose_backend("torch", torch.device("cpu")))
 
     def loss_of(tensors: dict[str, Tensor]) -> float:
-        fill_parameters(model, tensors)
+        model.load_state_dict(tensors)
         return measure_held_out(model, held_out.micro_batches(4, 0, 1), None).nats_per_token
 
     state = load_file(checkpoint / "optimizer.safetensors")
