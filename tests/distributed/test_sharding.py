@@ -52,7 +52,7 @@ MOVED = "mamba1-fp64"
 MOVES = {  # from a division to another, behind its first checkpoint
     "sharded to one process": ("full over 2", 1, "no"),
     "sharded to 4 processes with a copy each": ("full over 2", 4, "no"),
-    "one process to sharded": ("one", 2, "full"),
+    "one process to sharded": ("one", 4, "full"),
     "2 shards to 4": ("full over 2", 4, "full"),
     "4 shards to 2 groups of 2": ("full over 4", 4, "2"),
 }
@@ -71,24 +71,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
             for name in CASES_OF[division]
         ]
 
-    def resumed(run: Path, origin: str, name: str, shard: str) -> dict[str, str]:
-        shutil.copytree(folder / origin / name, run)
-        for checkpoint in list_checkpoints(run)[1:]:
-            shutil.rmtree(checkpoint)
-        return {"recipe": str(recipes[name]), "run": str(run), "resume": "required", "shard": shard}
+    def resumed(run: Path, origin: Path, shard: str) -> dict[str, str]:
+        recipe = str(recipes[origin.name])
+        return {"recipe": recipe, "run": str(run), "resume": "required", "shard": shard, "origin": str(origin)}
 
     def moved(world_size: int) -> list[dict[str, str]]:
         return [
-            resumed(folder / move, origin, MOVED, shard)
+            resumed(folder / move, folder / origin / MOVED, shard)
             for move, (origin, world, shard) in MOVES.items()
             if world == world_size
         ]
 
+    # In this order: the moves of a launch go on from runs of the ones before, or of its own.
     launch(2, begun("full over 2", "full"), folder)
     launch(1, begun("one", "no") + moved(1), folder)
-    launch(4, begun("full over 4", "full") + begun("2 groups of 2", "2"), folder)
-    launch(2, moved(2), folder)
-    launch(4, [*moved(4), resumed(folder / "again", AGAIN, "mamba2-fp32", "2")], folder)
+    again = resumed(folder / "again", folder / AGAIN / "mamba2-fp32", "2")
+    launch(4, begun("full over 4", "full") + begun("2 groups of 2", "2") + moved(4) + [again], folder)
     return folder
 
 

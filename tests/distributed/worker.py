@@ -5,6 +5,7 @@ Starting processes is what costs time, so a launch of one world size runs all ca
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState
 
 from mambatrain.devices import end_processes
 from mambatrain.recipe import read_recipe
+from mambatrain.runs.checkpoint import list_checkpoints
 from mambatrain.training.assemble import Where
 from mambatrain.training.start import run_training
 from mambatrain.training.stop import StopRequest
@@ -20,6 +22,13 @@ from mambatrain.training.stop import StopRequest
 torch.set_num_threads(1)
 for case in json.loads(Path(sys.argv[1]).read_text()):
     where = Where(device="cpu", kernels="torch", quiet=True, shard=case.get("shard", "no"))
+    if "origin" in case:  # goes on from the first checkpoint of a run that this launch may just have made
+        if int(os.environ["RANK"]) == 0:
+            shutil.copytree(case["origin"], case["run"])
+            for checkpoint in list_checkpoints(Path(case["run"]))[1:]:
+                shutil.rmtree(checkpoint)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
     AcceleratorState._reset_state()  # precisions differ from case to case
     assert run_training(read_recipe(case["recipe"]), Path(case["run"]), where, case["resume"], StopRequest()) == 0
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
