@@ -35,12 +35,12 @@ from mambatrain.runs.checkpoint_tensors import read_into
 from mambatrain.runs.folder import RunFolder
 from mambatrain.runs.weights import Weights
 from mambatrain.training.build import build_objective, parameter_dtype
-from mambatrain.training.loop import TrainingRun
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
 from mambatrain.training.name_patterns import freeze_parameters, rates_of
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
 from mambatrain.training.resolve import Resolved, resolve
 from mambatrain.training.sharding import num_shards, refuse_with_shards
+from mambatrain.training.training_run import TrainingRun
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,7 +18,7 @@ from mambatrain.ops.reference import computing_dtype
 
 if TYPE_CHECKING:
     from mambatrain.models.language_model import LanguageModel
-    from mambatrain.training.loop import Draw, TrainingRun
+    from mambatrain.training.training_run import Draw, TrainingRun
 
 COLLAPSED_DECAY = 0.01  # less than a hundredth of the state reaches the next token, in no channel more
 SATURATED_STEP = 1e-4  # the smallest dt that initialisation gives (dt_init_floor): nothing is trained to be below it

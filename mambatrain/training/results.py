@@ -10,8 +10,8 @@ from mambatrain.files import sha256_of
 from mambatrain.models.state import TextState
 from mambatrain.runs.state_file import facts_of, write_state_file
 from mambatrain.runs.weights import Weights
-from mambatrain.training.loop import TrainingRun
 from mambatrain.training.metrics import print_fact
+from mambatrain.training.training_run import TrainingRun
 
 
 def refuse_moved_base(run: TrainingRun) -> None:

@@ -93,7 +93,7 @@ def test_a_life_that_ended_between_a_save_and_its_pruning_leaves_nothing_for_goo
     where = Where(device="cpu", kernels="torch", quiet=True)
     run_training(recipe, tmp_path / "whole", where, "if-possible", StopRequest())
     with monkeypatch.context() as patch:
-        patch.setattr("mambatrain.training.loop.prune_checkpoints", lambda *_: None)
+        patch.setattr("mambatrain.training.saving.prune_checkpoints", lambda *_: None)
         run_training(recipe, tmp_path / "killed", where, "if-possible", StopRequest())
     assert len(list_checkpoints(tmp_path / "killed")) == recipe.total_steps
     run_training(recipe, tmp_path / "killed", where, "if-possible", StopRequest())

@@ -12,7 +12,7 @@ from mambatrain.evaluation.held_out import HeldOutLoss
 from mambatrain.recipe import Recipe, read_recipe
 from mambatrain.runs.checkpoint import list_checkpoints, read_progress
 from mambatrain.runs.folder import read_log
-from mambatrain.training import loop
+from mambatrain.training import measuring
 from mambatrain.training.assemble import Where
 from mambatrain.training.start import run_training
 from mambatrain.training.stop import StopRequest
@@ -27,7 +27,7 @@ class AskedInEvaluation(StopRequest):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
         super().__init__()
-        measure, seen = loop.measure_held_out, 0
+        measure, seen = measuring.measure_held_out, 0
 
         def measure_until_asked(model: Any, batches: Any, *rest: Any) -> HeldOutLoss:
             def counted() -> Any:
@@ -40,7 +40,7 @@ class AskedInEvaluation(StopRequest):
 
             return measure(model, counted(), *rest)
 
-        monkeypatch.setattr(loop, "measure_held_out", measure_until_asked)
+        monkeypatch.setattr(measuring, "measure_held_out", measure_until_asked)
 
 
 def outcome(run: Path) -> tuple[list[dict[str, Any]], list[bytes]]:

@@ -1,0 +1,48 @@
+"""The gradients of one draw: its rows forward and backward, summed over micro-batches and ranks."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from mambatrain.training.sharding import clip_gradients, sum_gradients_in_next_backward
+from mambatrain.training.stop import StopRequest
+from mambatrain.training.training_run import Draw, TrainingRun, sum_over_ranks
+
+
+def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
+    """Forward and backward over this rank's micro-batches; gradients are summed over ranks and clipped.
+
+    The loss is summed over the whole step and divided once by the global number of counted targets, so that it does
+    not depend on how the rows were split into ranks and micro-batches.
+    """
+    accelerator, device = run.accelerator, run.accelerator.device
+    started = time.perf_counter()
+    micro_batches = run.order.micro_batches(
+        run.progress.draw, run.micro_batch_rows, accelerator.process_index, accelerator.num_processes
+    )
+    data_seconds = time.perf_counter() - started
+    own_targets = sum(micro_batch.num_targets for micro_batch in micro_batches)
+    num_targets = int(sum_over_ranks(run, torch.tensor([own_targets], dtype=torch.float64))[0])
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for index, micro_batch in enumerate(micro_batches):
+        is_last = index == len(micro_batches) - 1
+        sum_gradients_in_next_backward(run.prepared, run.objective.model, wanted=is_last)
+        with accelerator.autocast():
+            loss = run.prepared(*micro_batch.to(device))
+        # Ranks' gradients are averaged; we want the sum, hence the factor.
+        (loss * (accelerator.num_processes / max(num_targets, 1))).backward()
+        loss_sum += loss.detach()
+    gradient_norm = clip_gradients(run.prepared.parameters(), run.recipe.training.clip_norm)
+    # One reduction for all that the ranks must agree on.
+    total, norm, asked = sum_over_ranks(
+        run, torch.tensor([loss_sum.item(), gradient_norm, float(stop.asked)], dtype=torch.float64)
+    ).tolist()
+    return Draw(
+        loss=total / max(num_targets, 1),
+        gradient_norm=norm / accelerator.num_processes,
+        num_targets=num_targets,
+        data_seconds=data_seconds,
+        stop_asked=asked > 0,
+    )

@@ -1,0 +1,56 @@
+"""The held-out loss between two steps."""
+
+from __future__ import annotations
+
+import math
+from itertools import takewhile
+
+import torch
+
+from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
+from mambatrain.training.schedule_free import evaluated_weights
+from mambatrain.training.sharding import is_sharded, reshard
+from mambatrain.training.step_log import finite_or_none
+from mambatrain.training.stop import StopRequest
+from mambatrain.training.training_run import TrainingRun, sum_over_ranks
+
+
+def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
+    """Measures the held-out loss, writes it to the log, and says whether it is the best so far.
+
+    Where a rank is asked to stop meanwhile, nothing is measured, and `held_out_pending` says that it is still to be.
+    """
+    if run.held_out is None:
+        return False
+    accelerator, progress = run.accelerator, run.progress
+    share = run.held_out.micro_batches(run.micro_batch_rows, accelerator.process_index, accelerator.num_processes)
+    with accelerator.autocast(), evaluated_weights(run.optimizers):
+        if not is_sharded(run.objective.model):  # ranks that share a model go through all of it together
+            share = takewhile(lambda batch: not stop.asked, share)
+        batches = (batch.to(accelerator.device) for batch in share)
+        own = measure_held_out(run.objective.model, batches, None, run.objective.first_state())
+        reshard(run.objective.model)
+    nats, num_targets, asked = sum_over_ranks(
+        run, torch.tensor([own.nats, own.num_targets, float(stop.asked)], dtype=torch.float64)
+    ).tolist()
+    progress.held_out_pending = asked > 0
+    if progress.held_out_pending:
+        return False
+    loss = HeldOutLoss(nats, int(num_targets), run.held_out.num_bytes)
+    run.progress.log_lines += 1
+    run.reporter.write_held_out(
+        {
+            "event": "held_out",
+            "step": progress.step,
+            "draw": progress.draw,
+            "tokens_seen": progress.tokens_seen,
+            "held_out_loss": finite_or_none(loss.nats_per_token),
+            "held_out_bits_per_byte": None if loss.bits_per_byte is None else finite_or_none(loss.bits_per_byte),
+            "held_out_tokens": loss.num_targets,
+        }
+    )
+    best = progress.best_held_out_loss
+    improved = math.isfinite(loss.nats_per_token) and (best is None or loss.nats_per_token < best)
+    if improved and progress.step > 0:
+        progress.best_step, progress.best_held_out_loss = progress.step, loss.nats_per_token
+    return improved

@@ -1,0 +1,72 @@
+"""Everything the loop works on, and what a draw comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mambatrain.adapters.trained import TrainedTensors
+from mambatrain.data.held_out_batches import HeldOutBatches
+from mambatrain.data.training_order import TrainingOrder
+from mambatrain.runs.checkpoint import Progress
+from mambatrain.training.optimizer import Optimizers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mambatrain.recipe import Recipe
+    from mambatrain.runs.folder import RunFolder
+    from mambatrain.training.metrics import RunReporter
+    from mambatrain.training.objective import NextTokenLoss
+
+
+@dataclass
+class TrainingRun:
+    """Everything the loop works on."""
+
+    recipe: Recipe
+    folder: RunFolder
+    accelerator: Accelerator
+    objective: NextTokenLoss
+    """The module itself; its parameters are those of the model, and of an adapter where there is one."""
+    prepared: torch.nn.Module
+    """The objective as Accelerate wrapped it: autocast, and DDP where there are several processes."""
+    trained: TrainedTensors
+    """What the optimizers move and checkpoints hold."""
+    frozen_sha256: str | None
+    """Of the parameters that an adapter leaves as they are; None where the model itself is trained."""
+    optimizers: Optimizers
+    order: TrainingOrder
+    held_out: HeldOutBatches | None
+    micro_batch_rows: int
+    progress: Progress
+    reporter: RunReporter
+    flops_per_token: float
+    peak_flops: float
+    """Of one device."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one draw came to, over all ranks."""
+
+    loss: float
+    """Nats per counted target."""
+    gradient_norm: float
+    """Before clipping."""
+    num_targets: int
+    data_seconds: float
+    """Time this rank waited for its rows."""
+    stop_asked: bool
+    """Whether any rank was asked to stop."""
+
+
+def sum_over_ranks(run: TrainingRun, values: Tensor) -> Tensor:
+    """Sums a small fp64 tensor over ranks; the same bits on each."""
+    if run.accelerator.num_processes == 1:
+        return values
+    summed: Tensor = run.accelerator.reduce(values.to(run.accelerator.device), "sum")
+    return summed
