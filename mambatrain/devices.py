@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from mambatrain.errors import UserError
-from mambatrain.launch import num_processes_expected
+from mambatrain.launch import RANK_TIMEOUT_SECONDS, num_processes_expected, rank_of_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,11 +106,17 @@ def resolve_precision(asked: Literal["auto", "fp32", "bf16", "fp64"], device: to
     return "bf16" if in_hardware else "fp32"
 
 
-def start_accelerator(device: torch.device, precision: Precision) -> Accelerator:
+def start_accelerator(
+    device: torch.device, precision: Precision, join_seconds: float = RANK_TIMEOUT_SECONDS
+) -> Accelerator:
     """Joins the processes of this run; autocast is bf16 for `bf16` and off otherwise.
 
+    Args:
+        device, precision: what it computes on, and in.
+        join_seconds: how long a process waits here for the others.
+
     Raises:
-        UserError: an accelerate configuration asks for something that belongs to the recipe.
+        UserError: an accelerate configuration asks for something that belongs to the recipe, or a process did not come.
     """
     for variable, what in _REFUSED_ENTRIES.items():
         if os.environ.get(variable, "false").lower() == "true":
@@ -121,9 +131,9 @@ def start_accelerator(device: torch.device, precision: Precision) -> Accelerator
                 f"unset {variable}; the recipe says it with {setting}",
             )
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    with warnings.catch_warnings():
+    with explaining_absent_ranks(join_seconds), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(OMP_NUM_THREADS|pin_memory).*")
         accelerator = Accelerator(
             cpu=device.type == "cpu",
@@ -131,7 +141,10 @@ def start_accelerator(device: torch.device, precision: Precision) -> Accelerator
             gradient_accumulation_steps=1,  # the loop accumulates and divides by counted targets itself
             # DDP would regroup its buckets after the first backward pass, so that a resumed process summed gradients
             # over ranks in another order than one that never stopped. Looking for unused parameters keeps the buckets.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=join_seconds)),
+            ],
         )
     expected = num_processes_expected()
     if accelerator.num_processes != expected:
@@ -140,6 +153,25 @@ def start_accelerator(device: torch.device, precision: Precision) -> Accelerator
             "start with `mambatrain ... --processes N`, or with torchrun",
         )
     return accelerator
+
+
+@contextmanager
+def explaining_absent_ranks(seconds: float) -> Iterator[None]:
+    """
+    Raises:
+        UserError: the block waited in vain for the other processes of the run.
+    """
+    started = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:  # of which torch's errors of stores and connections are
+        if num_processes_expected() == 1 or time.monotonic() - started < seconds:
+            raise
+        raise UserError(
+            f"process {rank_of_process()} of {num_processes_expected()} waited {seconds:g} seconds for the others to "
+            f"come: {str(error).splitlines()[0]}",
+            "look at what the others say; where they take that long by right, give a larger --rank-timeout",
+        ) from None
 
 
 def end_processes() -> None:
@@ -159,8 +191,6 @@ def measure_peak_flops(device: torch.device, precision: Precision) -> tuple[floa
         for part, peak in _GPU_PEAK_FLOPS.items():
             if part in name:
                 return peak, f"data sheet of {part}, bf16"
-    import time
-
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
     size, best = 1024, float("inf")
     left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)

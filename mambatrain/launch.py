@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,6 +17,8 @@ from types import FrameType
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: stopped as asked, and resumable
+EXIT_OTHERS_FAILED = 76  # of a worker that ends because another one hangs or is gone; the launcher makes it 1
+RANK_TIMEOUT_SECONDS = 1800.0
 WORKER_VARIABLE = "MAMBATRAIN_WORKER"
 _SIGNALS_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -92,11 +95,26 @@ def _run_torchrun() -> None:
     try:
         main(sys.argv[1:])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(
-            f"error: process {rank} ended with exit code {failure.exitcode}; the others were stopped", file=sys.stderr
-        )
+        if said := describe_failures({rank: failure.exitcode for rank, failure in error.failures.items()}):
+            print(f"error: {said}; the others were stopped", file=sys.stderr)
         sys.exit(1)
+
+
+def describe_failures(exit_codes: dict[int, int]) -> str:
+    """Which processes ended first, and how; empty where those that ended have said of which other ones they waited.
+
+    Args:
+        exit_codes: of the failed processes by rank, as Python has them: -9 is SIGKILL.
+    """
+    told = {rank: code for rank, code in exit_codes.items() if code != EXIT_OTHERS_FAILED}
+    first = {rank: code for rank, code in told.items() if code != -signal.SIGTERM}  # which torchrun sends the rest
+    killed = {rank: code for rank, code in first.items() if code < 0}
+    named = killed or first or told
+    parts = []
+    for rank, code in sorted(named.items()):
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        parts.append(f"process {rank} on {socket.gethostname()} {how}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from mambatrain.launch import RANK_TIMEOUT_SECONDS
+
 if TYPE_CHECKING:
     from mambatrain.recipe import Recipe
     from mambatrain.runs.weights import Weights
@@ -70,6 +72,15 @@ ShardOption = Annotated[
         "(node), or over groups of N; no: every process holds a copy. The model that comes out is the same.",
     ),
 ]
+RankTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        "--rank-timeout",
+        min=1,
+        metavar="SECONDS",
+        help="With several processes: when none has moved for so long, the one that hangs is named and all end.",
+    ),
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where there is a device.")]
 KernelsOption = Annotated[
     Kernels, typer.Option("--kernels", help="Which operators run; what cannot run is refused, never replaced.")
@@ -106,6 +117,7 @@ class Launch:
     nodes: int
     rendezvous: str | None
     shard: str
+    rank_timeout: float
 
     def is_asked(self) -> bool:
         """Whether this process is to start others.
@@ -151,6 +163,7 @@ def pretrain(
     nodes: NodesOption = 1,
     rendezvous: RendezvousOption = None,
     shard: ShardOption = "no",
+    rank_timeout: RankTimeoutOption = RANK_TIMEOUT_SECONDS,
     device: DeviceOption = Device.auto,
     kernels: KernelsOption = Kernels.auto,
     resume: ResumeOption = None,
@@ -176,7 +189,7 @@ def pretrain(
     elif recipe is None:
         raise UserError("there is no RECIPE", "`mambatrain recipes list` names the shipped ones")
     read = read_recipe(recipe, overrides)
-    launch = Launch(gpus, processes, nodes, rendezvous, shard)
+    launch = Launch(gpus, processes, nodes, rendezvous, shard, rank_timeout)
     _train(read, recipe, None, run, launch, device, kernels, resume, tracker, quiet, branch_from)
 
 
@@ -193,6 +206,7 @@ def finetune(
     nodes: NodesOption = 1,
     rendezvous: RendezvousOption = None,
     shard: ShardOption = "no",
+    rank_timeout: RankTimeoutOption = RANK_TIMEOUT_SECONDS,
     device: DeviceOption = Device.auto,
     kernels: KernelsOption = Kernels.auto,
     resume: ResumeOption = None,
@@ -210,7 +224,7 @@ def finetune(
     start = open_weights(weights)
     warn_of_damage(start)
     read = read_recipe(recipe, overrides, model=start.section)
-    launch = Launch(gpus, processes, nodes, rendezvous, shard)
+    launch = Launch(gpus, processes, nodes, rendezvous, shard, rank_timeout)
     _train(read, recipe, start, run, launch, device, kernels, resume, tracker, quiet)
 
 
@@ -240,7 +254,7 @@ def _train(
         from mambatrain.training.start import run_training
 
         chosen: Any = "cuda" if launch.gpus else "cpu" if launch.processes else device.value
-        where = Where(chosen, kernels.value, tracker.value, quiet, launch.shard)
+        where = Where(chosen, kernels.value, tracker.value, quiet, launch.shard, launch.rank_timeout)
         mode: Any = {None: "if-possible", True: "required", False: "fresh"}[resume]
         exit_code = run_training(recipe, folder, where, mode, stop, weights, branch_from)
         end_processes()

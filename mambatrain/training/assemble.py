@@ -25,6 +25,7 @@ from mambatrain.devices import (
 )
 from mambatrain.errors import UserError
 from mambatrain.files import explaining_full_disk, write_json_whole
+from mambatrain.launch import RANK_TIMEOUT_SECONDS, num_processes_expected
 from mambatrain.models.flops import count_parameters, training_flops_per_token
 from mambatrain.models.parameters import parameter_shapes
 from mambatrain.ops.backends import Backend, choose_backend
@@ -38,6 +39,7 @@ from mambatrain.training.build import build_objective, parameter_dtype
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
 from mambatrain.training.name_patterns import freeze_parameters, rates_of
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
+from mambatrain.training.rank_watch import RankWatch, wait_without_end
 from mambatrain.training.resolve import Resolved, resolve
 from mambatrain.training.sharding import num_shards, refuse_with_shards
 from mambatrain.training.training_run import TrainingRun
@@ -56,6 +58,8 @@ class Where:
     quiet: bool = False
     shard: str = "no"
     """How many ranks share one copy of the model: `no`, `full`, `node`, or a number."""
+    rank_timeout: float = RANK_TIMEOUT_SECONDS
+    """Seconds without a movement of any rank after which the one that hangs is named and all end."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ def choose_parts(
     return Parts(accelerator, resolved, data, backend, check, weights, shards)
 
 
-def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, checkpoint: Path | None) -> TrainingRun:
+def assemble(
+    recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, checkpoint: Path | None, watch: RankWatch
+) -> TrainingRun:
     """Builds model, optimizer, data and reporter, restored from a checkpoint where there is one.
 
     Args:
@@ -114,6 +120,7 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
         parts: what was decided before.
         checkpoint: what to resume from; without one a run starts from `parts.weights`, or from the initialisation of
             the parameter table.
+        watch: over this run's ranks.
     """
     accelerator, resolved, data = parts.accelerator, parts.resolved, parts.data
     objective, trained = build_objective(
@@ -147,7 +154,7 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
                     print_fact("adapter", line)
     quiet = where.quiet or not accelerator.is_main_process
     live = LiveLine(recipe.total_steps, progress.step, quiet)
-    return TrainingRun(
+    run = TrainingRun(
         recipe=recipe,
         folder=folder,
         accelerator=accelerator,
@@ -161,9 +168,12 @@ def assemble(recipe: Recipe, folder: RunFolder, where: Where, parts: Parts, chec
         micro_batch_rows=resolved.micro_batch_rows,
         progress=progress,
         reporter=RunReporter(folder, live, tracker, writes=accelerator.is_main_process),
+        watch=watch,
         flops_per_token=training_flops_per_token(recipe.model, recipe.data.longest_row_tokens),
         peak_flops=facts["peak_flops"],
     )
+    wait_without_end()  # groups of the model's division have come
+    return run
 
 
 def describe_run(recipe: Recipe, parts: Parts) -> dict[str, Any]:
@@ -209,13 +219,11 @@ def open_data(recipe: Recipe, weights: Weights | None, folder: RunFolder, may_wr
 
 def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool) -> tuple[Accelerator, Resolved]:
     """Device, precision and processes of this run."""
-    from mambatrain.launch import num_processes_expected
-
     device = choose_device(where.device)
     if device.type == "cpu":
         keep_freed_memory()
     resolved = resolve(recipe, folder, device, num_processes_expected(), fresh)
-    return start_accelerator(device, resolved.precision), resolved
+    return start_accelerator(device, resolved.precision, where.rank_timeout), resolved
 
 
 def _device_name(device: torch.device) -> str:

@@ -19,15 +19,17 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
     """
     accelerator, device = run.accelerator, run.accelerator.device
     started = time.perf_counter()
+    run.watch.at("reading its rows", run.progress.draw)
     micro_batches = run.order.micro_batches(
         run.progress.draw, run.micro_batch_rows, accelerator.process_index, accelerator.num_processes
     )
     data_seconds = time.perf_counter() - started
     own_targets = sum(micro_batch.num_targets for micro_batch in micro_batches)
-    num_targets = int(sum_over_ranks(run, torch.tensor([own_targets], dtype=torch.float64))[0])
+    num_targets = int(sum_over_ranks(run, torch.tensor([own_targets], dtype=torch.float64), "the targets")[0])
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for index, micro_batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
+        run.watch.at("computing gradients", run.progress.draw)
         sum_gradients_in_next_backward(run.prepared, run.objective.model, wanted=is_last)
         with accelerator.autocast():
             loss = run.prepared(*micro_batch.to(device))
@@ -37,7 +39,7 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
     gradient_norm = clip_gradients(run.prepared.parameters(), run.recipe.training.clip_norm)
     # One reduction for all that the ranks must agree on.
     total, norm, asked = sum_over_ranks(
-        run, torch.tensor([loss_sum.item(), gradient_norm, float(stop.asked)], dtype=torch.float64)
+        run, torch.tensor([loss_sum.item(), gradient_norm, float(stop.asked)], dtype=torch.float64), "the loss"
     ).tolist()
     return Draw(
         loss=total / max(num_targets, 1),

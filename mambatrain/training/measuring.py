@@ -7,6 +7,7 @@ from itertools import takewhile
 
 import torch
 
+from mambatrain.data.batches import MicroBatch
 from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
 from mambatrain.training.schedule_free import evaluated_weights
 from mambatrain.training.sharding import is_sharded, reshard
@@ -27,11 +28,11 @@ def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
     with accelerator.autocast(), evaluated_weights(run.optimizers):
         if not is_sharded(run.objective.model):  # ranks that share a model go through all of it together
             share = takewhile(lambda batch: not stop.asked, share)
-        batches = (batch.to(accelerator.device) for batch in share)
+        batches = (_noted(run, batch).to(accelerator.device) for batch in share)
         own = measure_held_out(run.objective.model, batches, None, run.objective.first_state())
         reshard(run.objective.model)
     nats, num_targets, asked = sum_over_ranks(
-        run, torch.tensor([own.nats, own.num_targets, float(stop.asked)], dtype=torch.float64)
+        run, torch.tensor([own.nats, own.num_targets, float(stop.asked)], dtype=torch.float64), "the held-out loss"
     ).tolist()
     progress.held_out_pending = asked > 0
     if progress.held_out_pending:
@@ -54,3 +55,8 @@ def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
     if improved and progress.step > 0:
         progress.best_step, progress.best_held_out_loss = progress.step, loss.nats_per_token
     return improved
+
+
+def _noted(run: TrainingRun, batch: MicroBatch) -> MicroBatch:
+    run.watch.at("measuring the held-out loss", run.progress.draw)
+    return batch

@@ -14,6 +14,7 @@ def save(run: TrainingRun) -> None:
 
     Sharded, every rank writes what it has; else rank 0 does.
     """
+    run.watch.at("saving", run.progress.draw)
     if run.accelerator.is_main_process:
         run.reporter.sync()
     with evaluated_weights(run.optimizers):
@@ -25,4 +26,5 @@ def save(run: TrainingRun) -> None:
             save_checkpoint(run.folder.checkpoints, run.progress, trained, states)
     if run.accelerator.is_main_process:
         prune_checkpoints(run.folder.path, run.recipe.checkpoint, run.progress.best_step)
+    run.watch.meet("waiting for the checkpoint", run.progress.draw)
     run.accelerator.wait_for_everyone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,9 @@ from mambatrain.runs.folder import RunFolder, cut_log, read_log
 from mambatrain.runs.weights import Weights
 from mambatrain.training.assemble import Where, assemble, choose_parts, start_processes
 from mambatrain.training.loop import train
+from mambatrain.training.lost_ranks import explaining_lost_ranks
 from mambatrain.training.metrics import print_fact
+from mambatrain.training.rank_watch import watching_ranks
 from mambatrain.training.resolve import read_facts, refuse_changed_origin
 from mambatrain.training.results import refuse_moved_base, write_adapter
 from mambatrain.training.show_chats import show_chats
@@ -63,7 +65,7 @@ def run_training(
     recipe, weights = fit_vocabulary(recipe, weights)
     folder = RunFolder(path)
     is_main = rank_of_process() == 0
-    with folder.locked() if is_main else nullcontext():
+    with explaining_lost_ranks(stop), folder.locked() if is_main else nullcontext(), ExitStack() as entered:
         if is_main and resume == "fresh":
             _move_aside(folder)
         damaged: list[str] = []
@@ -71,6 +73,8 @@ def run_training(
         origin = folder if branching is None else run_of(branching)
         begins = checkpoint is None and branching is None
         accelerator, resolved = start_processes(recipe, origin, where, fresh=begins)
+        ranks = accelerator.process_index, accelerator.num_processes
+        watch = entered.enter_context(watching_ranks(*ranks, where.rank_timeout))
         if recipe.adapter is not None and weights is None:
             raise UserError(
                 "the recipe trains an adapter, which needs weights to stand on",
@@ -91,13 +95,14 @@ def run_training(
         accelerator.wait_for_everyone()
         if branching is not None:
             checkpoint = folder.checkpoints / branching.name
-        run = assemble(recipe, folder, where, parts, checkpoint)
+        run = assemble(recipe, folder, where, parts, checkpoint, watch)
         stopped = False
         try:
             if run.progress.step >= recipe.total_steps and not run.progress.held_out_pending:
                 run.reporter.say(f"{path} is finished: {run.progress.step:,} steps are done")
             else:
                 stopped = train(run, stop)
+                watch.be_patient("ending", run.progress.draw)
                 refuse_moved_base(run)
         finally:
             run.reporter.close()

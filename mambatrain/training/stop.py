@@ -15,6 +15,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.ends_anyway = False
+        """Set where the process ends for another reason, and can promise nothing any more."""
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._ask) for number in _SIGNALS}
@@ -28,5 +30,7 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if self.ends_anyway:
+            return
         name = signal.Signals(signal_number).name
         print(f"\n{name}: finishing this step and saving; once more to leave at once", file=sys.stderr)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mambatrain.runs.folder import RunFolder
     from mambatrain.training.metrics import RunReporter
     from mambatrain.training.objective import NextTokenLoss
+    from mambatrain.training.rank_watch import RankWatch
 
 
 @dataclass
@@ -44,6 +45,8 @@ class TrainingRun:
     micro_batch_rows: int
     progress: Progress
     reporter: RunReporter
+    watch: RankWatch
+    """Is told what this rank is about to do."""
     flops_per_token: float
     peak_flops: float
     """Of one device."""
@@ -64,8 +67,9 @@ class Draw:
     """Whether any rank was asked to stop."""
 
 
-def sum_over_ranks(run: TrainingRun, values: Tensor) -> Tensor:
+def sum_over_ranks(run: TrainingRun, values: Tensor, what: str) -> Tensor:
     """Sums a small fp64 tensor over ranks; the same bits on each."""
+    run.watch.meet(f"summing {what}", run.progress.draw)
     if run.accelerator.num_processes == 1:
         return values
     summed: Tensor = run.accelerator.reduce(values.to(run.accelerator.device), "sum")

@@ -1,0 +1,129 @@
+"""A rank that hangs or dies: the others end, the message names it, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mambatrain.launch import describe_failures
+from mambatrain.runs.checkpoint import find_damage, list_checkpoints
+from mambatrain.runs.folder import read_log
+
+LIMIT = 20  # seconds; ample for a step of this model on any machine
+FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
+WriteRecipe = Callable[..., Path]
+
+
+def begin(recipe: Path, run: Path, *options: str) -> subprocess.Popen[str]:
+    """Two processes by the command, as a user starts them."""
+    command = [Path(sys.executable).with_name("mambatrain"), "pretrain", recipe, "--run", run, "--kernels", "torch"]
+    return subprocess.Popen(
+        [*command, "--processes", "2", "--rank-timeout", str(LIMIT), *options],
+        # torchrun would give a process that is stopped half a minute to answer SIGTERM
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def workers_by_rank(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    (torchrun,) = psutil.Process(launcher.pid).children()
+    return {int(worker.environ()["RANK"]): worker for worker in torchrun.children()}
+
+
+def wait_for_lines(run: Path, lines: int, launcher: subprocess.Popen[str]) -> None:
+    while len(read_log(run / "log.jsonl")) < lines:
+        assert launcher.poll() is None, launcher.communicate()[1]
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def recipe(write_tiny_recipe: WriteRecipe) -> Path:
+    return write_tiny_recipe(training__total_steps=40, checkpoint__every_steps=5, evaluation__every_steps=10)
+
+
+@pytest.fixture
+def ended(recipe: Path, tmp_path: Path) -> Callable[[signal.Signals], tuple[int, int, str]]:
+    """Sends a signal to rank 1 in the middle of training: its pid, the launcher's exit code, and what was said."""
+
+    def end(number: signal.Signals) -> tuple[int, int, str]:
+        launcher = begin(recipe, tmp_path / "run")
+        workers: dict[int, psutil.Process] = {}
+        try:
+            wait_for_lines(tmp_path / "run", 20, launcher)
+            workers = workers_by_rank(launcher)
+            workers[1].send_signal(number)
+            _, stderr = launcher.communicate(timeout=300)
+        finally:
+            launcher.kill()
+            for worker in workers.values():
+                if worker.is_running():
+                    worker.kill()
+        return workers[1].pid, launcher.returncode, stderr
+
+    return end
+
+
+def goes_on(recipe: Path, run: Path, undisturbed: Path) -> bool:
+    """What was left is whole, and resumed it ends with the bytes of a run that never ended."""
+    left = list_checkpoints(run)
+    assert left
+    assert [find_damage(checkpoint) for checkpoint in left] == [None] * len(left)
+    for folder in (run, undisturbed):
+        resumed = begin(recipe, folder, "--quiet")
+        _, stderr = resumed.communicate(timeout=300)
+        assert resumed.returncode == 0, stderr
+    ends = [list_checkpoints(folder)[-1] for folder in (run, undisturbed)]
+    assert [end.name for end in ends] == ["step-00000040"] * 2
+    return all((ends[0] / name).read_bytes() == (ends[1] / name).read_bytes() for name in FILES)
+
+
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on_from_its_checkpoint(
+    recipe: Path, ended: Callable[[signal.Signals], tuple[int, int, str]], tmp_path: Path
+) -> None:
+    pid, exit_code, stderr = ended(signal.SIGSTOP)
+    assert exit_code == 1, stderr
+    assert f"error: no process has moved for {LIMIT} seconds; the others wait for\n" in stderr
+    assert f"  process 1 of 2 on {socket.gethostname()} (pid {pid}): " in stderr
+    assert "gives no sign of life" in stderr
+    assert "process 0 of 2" not in stderr
+    assert "a larger --rank-timeout" in stderr
+    assert "Traceback" not in stderr
+    assert not psutil.pid_exists(pid)
+    assert goes_on(recipe, tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_a_rank_that_is_killed_is_named_at_once(
+    ended: Callable[[signal.Signals], tuple[int, int, str]], tmp_path: Path
+) -> None:
+    _, exit_code, stderr = ended(signal.SIGKILL)
+    assert exit_code == 1, stderr
+    assert f"error: process 1 on {socket.gethostname()} was killed by SIGKILL; the others were stopped" in stderr
+    assert "no process has moved" not in stderr
+    assert "Traceback" not in stderr
+    left = list_checkpoints(tmp_path / "run")
+    assert [find_damage(checkpoint) for checkpoint in left] == [None] * len(left)
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "said"),
+    [
+        ({1: -9, 0: 76}, "process 1 on {host} was killed by SIGKILL"),
+        ({0: 1, 1: -15}, "process 0 on {host} ended with exit code 1"),
+        ({0: 76, 2: 76}, ""),
+        ({0: 76, 1: -15}, "process 1 on {host} was killed by SIGTERM"),
+        ({3: -11, 1: -9}, "process 1 on {host} was killed by SIGKILL, process 3 on {host} was killed by SIGSEGV"),
+    ],
+)
+def test_the_launcher_names_who_failed_and_not_who_waited(exit_codes: dict[int, int], said: str) -> None:
+    assert describe_failures(exit_codes) == said.format(host=socket.gethostname())
