@@ -193,6 +193,9 @@ class CheckpointSection(Section):
     """Also keep the one with the lowest held-out loss."""
     keep_every: PositiveInt | None = None
     """Also keep every k-th of those at the interval, for ever; null: none."""
+    asynchronous: bool | Literal["auto"] = "auto"
+    """true: training goes on while a copy in CPU memory is written (weights and optimizer state once more); auto: on a
+    GPU, false on a CPU."""
 
 
 class Recipe(Section):

@@ -10,18 +10,18 @@ A checkpoint is written under a temporary name and renamed when all of it is on 
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from mambatrain.errors import UserError
 from mambatrain.files import explaining_full_disk, fsync_file, fsync_folder, sha256_of, write_json_whole
-from mambatrain.runs.checkpoint_tensors import missing_kind, write_shards, write_whole
+from mambatrain.runs.checkpoint_tensors import missing_kind, write_whole
+from mambatrain.runs.progress import Progress, Running
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,50 +31,24 @@ if TYPE_CHECKING:
 PROGRESS_FILE = "progress.json"
 MANIFEST_FILE = "manifest.json"
 _WRITING = ".writing-"
+_REMOVING = ".removing-"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-@dataclass(frozen=True)
-class Running:
-    """What some number has been over the last applied draws."""
+class FileFacts(TypedDict):
+    """An entry of the manifest."""
 
-    count: int = 0
-    """Draws it stands for; at most `guards.memory_draws`."""
-    mean: float = 0.0
-    variance: float = 0.0
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation."""
-        return math.sqrt(self.variance)
-
-
-@dataclass
-class Progress:
-    """How far a run is. `draw` decides the data, `step` the schedule; a skipped draw moves the first alone."""
-
-    step: int = 0
-    """Applied updates."""
-    draw: int = 0
-    """Batches drawn."""
-    tokens_seen: int = 0
-    """Counted targets of applied updates."""
-    skipped_in_a_row: int = 0
-    """Draws that were not applied since the last one that was."""
-    best_step: int | None = None
-    """Step with the lowest held-out loss so far."""
-    best_held_out_loss: float | None = None
-    """That loss, in nats per token."""
-    log_lines: int = 0
-    """Lines of log.jsonl that belong to this point."""
-    held_out_pending: bool = False
-    """Whether a held-out evaluation of this point was due and was cut short by a request to stop."""
-    running: dict[str, Running] = field(default_factory=dict)
-    """Of the loss and the gradient norm of applied draws: what a draw is judged by."""
+    bytes: int
+    sha256: str
 
 
 def save_checkpoint(
-    checkpoints: Path, progress: Progress, model: dict[str, Tensor], optimizer: dict[str, Tensor]
+    checkpoints: Path,
+    progress: Progress,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    extra: dict[str, Tensor] | None = None,
+    log: Path | None = None,
 ) -> Path:
     """Writes a checkpoint and returns its folder.
 
@@ -83,57 +57,63 @@ def save_checkpoint(
         progress: where the run is.
         model: parameters by name.
         optimizer: optimizer tensors by `PARAMETER.FIELD`.
+        extra: what else is needed to go on, by name.
+        log: the file whose lines `progress` counts.
 
     Raises:
         UserError: the disk is full; earlier checkpoints are untouched.
     """
-    with _writing(checkpoints, progress) as temporary:
-        write_whole(temporary, model, optimizer)
+    with writing_checkpoint(checkpoints, progress, log) as (temporary, durable):
+        for file in write_whole(temporary, model, optimizer, extra or {}):
+            durable[file.name] = make_durable(file)
     return checkpoints / temporary.name.removeprefix(_WRITING)
 
 
-def save_sharded_checkpoint(checkpoints: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
-    """The same by all ranks together, each with its shards; rank 0 makes the folder and ends it.
-
-    Args:
-        checkpoints: the run's folder of checkpoints, on a disk that all ranks see.
-        progress: where the run is.
-        tensors: parameters by name, optimizer tensors by `PARAMETER.FIELD`; sharded (DTensor) or the same on all ranks.
-
-    Raises:
-        UserError: the disk is full; earlier checkpoints are untouched.
-    """
-    from torch.distributed import barrier, get_rank
-
-    temporary = checkpoints / f"{_WRITING}step-{progress.step:08d}"
-    with _writing(checkpoints, progress) if get_rank() == 0 else explaining_full_disk(str(temporary)):
-        barrier()  # the folder is there
-        write_shards(temporary, tensors)
-    barrier()  # it has its name
-
-
 @contextmanager
-def _writing(checkpoints: Path, progress: Progress) -> Iterator[Path]:
-    """A folder under another name, which is made durable and gets its own when the block has filled it."""
+def writing_checkpoint(
+    checkpoints: Path, progress: Progress, log: Path | None
+) -> Iterator[tuple[Path, dict[str, FileFacts]]]:
+    """A folder under another name, which gets its own when the block has filled it.
+
+    The block writes files and puts into the dictionary what `make_durable` says of each, by name.
+    """
     folder = checkpoints / f"step-{progress.step:08d}"
     temporary = checkpoints / f"{_WRITING}{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with explaining_full_disk(f"checkpoint {folder}"):
+            for leftover in checkpoints.glob(f"{_WRITING}*"):  # of a life that was killed in the middle of one
+                shutil.rmtree(leftover)
+            if log is not None:
+                fsync_file(log)  # a checkpoint that counts its lines must not outlive them
             temporary.mkdir(parents=True)
-            yield temporary
+            durable: dict[str, FileFacts] = {}
+            yield temporary, durable
             write_json_whole(temporary / PROGRESS_FILE, asdict(progress))
-            for file in temporary.glob("*.safetensors"):
-                fsync_file(file)
-            write_json_whole(temporary / MANIFEST_FILE, _manifest_of(temporary))
-            fsync_folder(temporary)
-            if folder.exists():  # the same step again, after a resume from an earlier one
-                shutil.rmtree(folder)
-            temporary.replace(folder)
-            fsync_folder(checkpoints)
+            durable[PROGRESS_FILE] = make_durable(temporary / PROGRESS_FILE)
+            files = dict(sorted(durable.items()))
+            manifest = {"format": "mambatrain checkpoint", "version": 1, "files": files}
+            write_json_whole(temporary / MANIFEST_FILE, manifest)
+            _publish(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def make_durable(file: Path) -> FileFacts:
+    """Waits until a file is on the disk; its size and digest are the manifest's entry."""
+    fsync_file(file)
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    fsync_folder(temporary)
+    replaced = folder.with_name(f"{_REMOVING}{folder.name}")
+    if folder.exists():  # the same step again, after a resume
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.replace(replaced)
+    temporary.replace(folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -230,15 +210,9 @@ def prune_checkpoints(run: Path, keep: CheckpointSection, best_step: int | None)
         step = step_of(checkpoint)
         for_ever = keep.keep_every is not None and step % (keep.keep_every * keep.every_steps) == 0
         if not (for_ever or (keep.keep_best and step == best_step)):
-            doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
+            doomed = checkpoint.with_name(f"{_REMOVING}{checkpoint.name}")
             shutil.rmtree(doomed, ignore_errors=True)
             checkpoint.replace(doomed)
             shutil.rmtree(doomed)
-    for leftover in (run / "checkpoints").glob(".removing-*"):
+    for leftover in (run / "checkpoints").glob(f"{_REMOVING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _manifest_of(folder: Path) -> dict[str, object]:
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
-    return {"format": "mambatrain checkpoint", "version": 1, "files": files}

@@ -2,6 +2,7 @@
 
     model.safetensors, optimizer.safetensors       parameters by name; PARAMETER.exp_avg, PARAMETER.step, ...
     shard-00001-model-00001-of-00001.safetensors   both, one rank's parts with their offsets in the file's metadata
+    extra.safetensors                              what else is needed to go on, where there is any
 
 Either is read into a model on any number of ranks, sharded or not: torch.distributed.checkpoint reads the slices that
 a rank needs.
@@ -9,7 +10,9 @@ a rank needs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+EXTRA_FILE = "extra.safetensors"
 _SHARDS = "shard-*.safetensors"
+_EXTRA = "extra."
 
 
 def missing_kind(names: set[str]) -> str | None:
@@ -36,31 +41,87 @@ def model_files(checkpoint: Path) -> list[Path]:
     return [whole] if whole.is_file() else sorted(checkpoint.glob(_SHARDS))
 
 
-def write_whole(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-    """Two files, by one process that has everything."""
+def write_whole(
+    folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], extra: dict[str, Tensor]
+) -> list[Path]:
+    """The files of one process that has everything."""
     from safetensors.torch import save_file
 
     save_file(model, folder / MODEL_FILE, metadata={"format": "pt"})
     save_file(optimizer, folder / OPTIMIZER_FILE, metadata={"format": "pt"})
+    return [folder / MODEL_FILE, folder / OPTIMIZER_FILE, *write_extra(folder, extra)]
 
 
-def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """A file a rank; every rank calls it. What several ranks have is written by one of them.
+def write_extra(folder: Path, extra: dict[str, Tensor]) -> list[Path]:
+    """A file of what is neither parameter nor optimizer state, where there is any."""
+    from safetensors.torch import save_file
 
-    Raises:
-        OSError: a rank could not write; raised on every rank.
+    if not extra:
+        return []
+    # Beside other tensors a name must say whose it is: a reader of the folder sees them all.
+    save_file({f"{_EXTRA}{name}": value for name, value in extra.items()}, folder / EXTRA_FILE)
+    return [folder / EXTRA_FILE]
+
+
+def read_extra(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of `write_extra` by name, on the CPU; none where a checkpoint has none."""
+    from safetensors.torch import load_file
+
+    file = checkpoint / EXTRA_FILE
+    tensors: dict[str, Tensor] = load_file(file) if file.is_file() else {}
+    return {name.removeprefix(_EXTRA): value for name, value in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank writes of a tensor."""
+
+    tensor: Tensor
+    offsets: tuple[int, ...]
+    """Where it begins in the whole."""
+
+
+def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    """The parts that this rank writes, by name; what several ranks have, they take in turn.
+
+    A function of names, shapes and ranks: nothing is agreed on, and a run that is resumed divides them as before.
+
+    Args:
+        tensors: in the same order on all ranks; sharded (DTensor) or the same on all of them.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed import get_rank, get_world_size
+    from torch.distributed.tensor import DTensor
 
-    try:
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:
-        for failure, _ in error.failures.values():
-            if isinstance(failure, OSError):
-                raise failure from None
-        raise
+    parts = {}
+    for index, (name, tensor) in enumerate(tensors.items()):
+        if not isinstance(tensor, DTensor):
+            if index % get_world_size() == get_rank():
+                parts[name] = Part(tensor.detach(), (0,) * tensor.ndim)
+            continue
+        copy, num_copies = 0, 1
+        coordinate = tensor.device_mesh.get_coordinate()
+        assert coordinate is not None  # every rank is in the mesh
+        for axis, placement in enumerate(tensor.placements):
+            if placement.is_replicate():
+                copy = copy * tensor.device_mesh.size(axis) + coordinate[axis]
+                num_copies *= tensor.device_mesh.size(axis)
+        (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+        if index % num_copies == copy and chunk.sizes.numel():
+            parts[name] = Part(tensor.to_local().detach(), tuple(chunk.offsets))
+    return parts
+
+
+def write_shard(folder: Path, rank: int, parts: Mapping[str, Part]) -> list[Path]:
+    """One rank's file, as torch.distributed.checkpoint's `HuggingFaceStorageWriter` makes it."""
+    from safetensors.torch import save_file
+
+    if not parts:
+        return []
+    file = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+    where = {name: {"saved_offsets": list(part.offsets)} for name, part in parts.items()}
+    metadata = {"DCP_SHARDING_INFO": json.dumps(where), "DCP_VERSION": "1.0", "format": "pt"}
+    save_file({name: part.tensor for name, part in parts.items()}, file, metadata=metadata)
+    return [file]
 
 
 def read_into(checkpoint: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,6 +135,7 @@ def read_into(checkpoint: Path, parameters: Mapping[str, Tensor]) -> dict[str, T
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    stored = {key: entry for key, entry in stored.items() if not key.startswith(_EXTRA)}
     differing = sorted(
         {key for key in stored if key not in parameters and key.rpartition(".")[0] not in parameters}
         | {name for name, value in parameters.items() if getattr(stored.get(name), "size", None) != value.shape}

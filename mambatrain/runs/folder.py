@@ -113,10 +113,6 @@ class RunLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def sync(self) -> None:
-        """Makes the lines durable: a checkpoint that counts them must not outlive them."""
-        os.fsync(self._file.fileno())
-
     def close(self) -> None:
         # A full disk fails here once more, over the error that says so already; every whole line was flushed before.
         with suppress(OSError):

@@ -31,9 +31,10 @@ from mambatrain.models.parameters import parameter_shapes
 from mambatrain.ops.backends import Backend, choose_backend
 from mambatrain.ops.self_check import SelfCheck, check_backend
 from mambatrain.recipe import Recipe
-from mambatrain.runs.checkpoint import Progress, read_progress
+from mambatrain.runs.checkpoint import read_progress
 from mambatrain.runs.checkpoint_tensors import read_into
 from mambatrain.runs.folder import RunFolder
+from mambatrain.runs.progress import Progress
 from mambatrain.runs.weights import Weights
 from mambatrain.training.build import build_objective, parameter_dtype
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact

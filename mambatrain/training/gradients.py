@@ -37,9 +37,10 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
         (loss * (accelerator.num_processes / max(num_targets, 1))).backward()
         loss_sum += loss.detach()
     gradient_norm = clip_gradients(run.prepared.parameters(), run.recipe.training.clip_norm)
+    ends = stop.asked or run.background.has_failed
     # One reduction for all that the ranks must agree on.
     total, norm, asked = sum_over_ranks(
-        run, torch.tensor([loss_sum.item(), gradient_norm, float(stop.asked)], dtype=torch.float64), "the loss"
+        run, torch.tensor([loss_sum.item(), gradient_norm, float(ends)], dtype=torch.float64), "the loss"
     ).tolist()
     return Draw(
         loss=total / max(num_targets, 1),

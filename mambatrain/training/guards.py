@@ -13,7 +13,7 @@ from torch import nn
 from mambatrain.data.drawn_rows import rows_of_draw
 from mambatrain.data.training_order import TrainingOrder
 from mambatrain.errors import UserError
-from mambatrain.runs.checkpoint import Running
+from mambatrain.runs.progress import Running
 from mambatrain.training.sharding import float_of
 
 if TYPE_CHECKING:

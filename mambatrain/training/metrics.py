@@ -126,11 +126,6 @@ class RunReporter:
     def say(self, text: str) -> None:
         self._live.say(text)
 
-    def sync(self) -> None:
-        """Before a checkpoint that counts the log's lines."""
-        if self._log is not None:
-            self._log.sync()
-
     def close(self) -> None:
         self._live.close()
         if self._tracker is not None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from mambatrain.runs.checkpoint import prune_checkpoints, save_checkpoint, save_sharded_checkpoint
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from mambatrain.runs.checkpoint import prune_checkpoints, save_checkpoint
+from mambatrain.runs.checkpoint_tensors import own_parts
+from mambatrain.runs.sharded_checkpoint import Ranks, save_sharded_checkpoint
 from mambatrain.training.optimizer import optimizer_tensors
 from mambatrain.training.schedule_free import evaluated_weights
 from mambatrain.training.sharding import is_sharded
@@ -10,21 +18,68 @@ from mambatrain.training.training_run import TrainingRun
 
 
 def save(run: TrainingRun) -> None:
-    """Writes a checkpoint while all ranks wait, and removes those the recipe does not keep.
+    """Writes a checkpoint and removes those the recipe does not keep, while all ranks wait or in the background.
 
-    Sharded, every rank writes what it has; else rank 0 does.
+    Sharded, every rank writes what it has; else rank 0 does. In the background only a copy of that holds training up:
+    the thread that writes reads nothing that training changes, and takes part in no collective.
+
+    Raises:
+        UserError: the disk is full, for this save or for the one before it.
     """
     run.watch.at("saving", run.progress.draw)
-    if run.accelerator.is_main_process:
-        run.reporter.sync()
+    if run.background.is_writing and not run.background.was_waited_for:
+        run.background.was_waited_for = True
+        run.reporter.say("the checkpoint before is still being written: training waits for it (said once)")
+    run.background.finish()
+    in_background = saves_in_background(run)
     with evaluated_weights(run.optimizers):
-        trained = {name: value.detach() for name, value in run.trained.parameters.items()}
+        model = {name: value.detach() for name, value in run.trained.parameters.items()}
         states = optimizer_tensors(run.optimizers, run.trained)
-        if is_sharded(run.objective.model):
-            save_sharded_checkpoint(run.folder.checkpoints, run.progress, trained | states)
-        elif run.accelerator.is_main_process:
-            save_checkpoint(run.folder.checkpoints, run.progress, trained, states)
-    if run.accelerator.is_main_process:
-        prune_checkpoints(run.folder.path, run.recipe.checkpoint, run.progress.best_step)
-    run.watch.meet("waiting for the checkpoint", run.progress.draw)
-    run.accelerator.wait_for_everyone()
+        hold = run.background.copy if in_background else dict
+        write = _sharded_save if is_sharded(run.objective.model) else _whole_save
+        if not in_background:
+            write(run, model, states, hold)()
+        elif write is _sharded_save or run.accelerator.is_main_process:
+            run.background.start(write(run, model, states, hold))
+    if not in_background:
+        run.watch.meet("waiting for the checkpoint", run.progress.draw)
+        run.accelerator.wait_for_everyone()
+
+
+def saves_in_background(run: TrainingRun) -> bool:
+    """`checkpoint.asynchronous`; auto: on a GPU, whose memory the copy is not in."""
+    asked = run.recipe.checkpoint.asynchronous
+    return run.accelerator.device.type == "cuda" if asked == "auto" else asked
+
+
+Hold = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""What is written in place of tensors: a copy, or they themselves."""
+
+
+def _whole_save(
+    run: TrainingRun, model: dict[str, Tensor], states: dict[str, Tensor], hold: Hold
+) -> Callable[[], None]:
+    if not run.accelerator.is_main_process:
+        return lambda: None
+    progress, held_model, held_states = copy.deepcopy(run.progress), hold(model), hold(states)
+
+    def write() -> None:
+        save_checkpoint(run.folder.checkpoints, progress, held_model, held_states, log=run.folder.log_file)
+        prune_checkpoints(run.folder.path, run.recipe.checkpoint, progress.best_step)
+
+    return write
+
+
+def _sharded_save(
+    run: TrainingRun, model: dict[str, Tensor], states: dict[str, Tensor], hold: Hold
+) -> Callable[[], None]:
+    progress, parts, ranks = copy.deepcopy(run.progress), own_parts(model | states), Ranks()
+    held = hold({name: part.tensor for name, part in parts.items()})
+    parts = {name: replace(part, tensor=held[name]) for name, part in parts.items()}
+
+    def write() -> None:
+        save_sharded_checkpoint(run.folder.checkpoints, progress, parts, ranks, log=run.folder.log_file)
+        if ranks.rank == 0:
+            prune_checkpoints(run.folder.path, run.recipe.checkpoint, progress.best_step)
+
+    return write

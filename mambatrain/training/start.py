@@ -104,6 +104,11 @@ def run_training(
                 stopped = train(run, stop)
                 watch.be_patient("ending", run.progress.draw)
                 refuse_moved_base(run)
+        except Exception:  # who leaves at once (KeyboardInterrupt) does not wait
+            run.background.wait()
+            if run.background.has_failed:
+                print_fact("warning", "the checkpoint that was being written meanwhile was not finished")
+            raise
         finally:
             run.reporter.close()
         if is_main:

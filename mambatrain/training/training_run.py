@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from mambatrain.adapters.trained import TrainedTensors
 from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.training_order import TrainingOrder
-from mambatrain.runs.checkpoint import Progress
+from mambatrain.runs.progress import Progress
+from mambatrain.training.background_save import BackgroundSave
 from mambatrain.training.optimizer import Optimizers
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class TrainingRun:
     flops_per_token: float
     peak_flops: float
     """Of one device."""
+    background: BackgroundSave = field(default_factory=BackgroundSave)
+    """The checkpoint that is being written, if any."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Draw:
     data_seconds: float
     """Time this rank waited for its rows."""
     stop_asked: bool
-    """Whether any rank was asked to stop."""
+    """Whether any rank was asked to stop, or could not write a checkpoint in the background."""
 
 
 def sum_over_ranks(run: TrainingRun, values: Tensor, what: str) -> Tensor:

@@ -1,0 +1,127 @@
+"""A checkpoint that all ranks write together, each its own file, without a collective.
+
+Ranks tell each other how far they are through the store that they met in. So this may run in a thread beside training,
+whose collectives it could otherwise cross.
+
+    rank 0                                   the others
+    makes the folder, says so                wait for it
+    writes its file                          write theirs, say its size and digest (or what went wrong)
+    hears all, writes the manifest,
+    gives the folder its name, says so       wait for it
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mambatrain.errors import UserError
+from mambatrain.files import explaining_full_disk
+from mambatrain.runs.checkpoint import FileFacts, make_durable, writing_checkpoint
+from mambatrain.runs.checkpoint_tensors import Part, write_extra, write_shard
+from mambatrain.runs.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# All ranks write as much to the same disk: one that takes so much longer than another does not write any more.
+SECONDS_FOR_ANOTHER_RANK = 900.0
+_SECONDS_BETWEEN_LOOKS = 0.01
+_numbers = itertools.count()
+
+
+class Ranks:
+    """What the ranks say to each other about one save. All of them make one at the same save, in the main thread."""
+
+    def __init__(self) -> None:
+        from torch.distributed import get_rank, get_world_size
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+        self.rank, self.num_ranks = get_rank(), get_world_size()
+        self._store = PrefixStore(f"mambatrain-checkpoint-{next(_numbers)}", _get_default_store())
+
+    def say(self, what: str, content: Any) -> None:
+        """Something that this rank is the only one to say."""
+        self._store.set(f"{what}-{self.rank}", json.dumps(content))
+
+    def hear(self, what: str, rank: int) -> Any:
+        """Waits until a rank has said it.
+
+        Raises:
+            UserError: it does not.
+        """
+        key, last = f"{what}-{rank}", time.monotonic() + SECONDS_FOR_ANOTHER_RANK
+        while not self._store.check([key]):  # `wait` would keep the store from the main thread
+            if time.monotonic() > last:
+                raise UserError(
+                    f"process {rank} did not write its part of the checkpoint within {SECONDS_FOR_ANOTHER_RANK:.0f} s",
+                    "look at that machine and its disk; the same command continues from the checkpoint before",
+                )
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return json.loads(self._store.get(key))
+
+
+def save_sharded_checkpoint(
+    checkpoints: Path,
+    progress: Progress,
+    parts: Mapping[str, Part],
+    ranks: Ranks,
+    extra: dict[str, Tensor] | None = None,
+    log: Path | None = None,
+) -> None:
+    """Writes a checkpoint; every rank calls it with its own parts.
+
+    Args:
+        checkpoints: the run's folder of checkpoints, on a disk that all ranks see.
+        progress: where the run is.
+        parts: what this rank writes of parameters and optimizer tensors.
+        ranks: made for this save.
+        extra: what else is needed to go on; rank 0's is written.
+        log: the file whose lines `progress` counts.
+
+    Raises:
+        UserError: the disk is full, for any of the ranks; earlier checkpoints are untouched.
+    """
+    if ranks.rank > 0:
+        _write_beside(ranks, parts)
+        return
+    failure: list[str] | None = ["the checkpoint was not written", ""]
+    try:
+        with writing_checkpoint(checkpoints, progress, log) as (temporary, durable):
+            ranks.say("folder", str(temporary))
+            for file in [*write_shard(temporary, 0, parts), *write_extra(temporary, extra or {})]:
+                durable[file.name] = make_durable(file)
+            for rank in range(1, ranks.num_ranks):
+                said = ranks.hear("written", rank)
+                if "failure" in said:
+                    raise UserError(*said["failure"])
+                durable |= said["files"]
+        failure = None
+    except UserError as error:
+        failure = [error.message, error.hint or ""]
+        raise
+    finally:
+        ranks.say("ended", failure)
+        ranks.say("folder", None)  # for those who still wait for one
+
+
+def _write_beside(ranks: Ranks, parts: Mapping[str, Part]) -> None:
+    if (folder := ranks.hear("folder", 0)) is not None:
+        ranks.say("written", _try_to_write(Path(folder), ranks.rank, parts))
+    if (failure := ranks.hear("ended", 0)) is not None:
+        raise UserError(*failure)
+
+
+def _try_to_write(folder: Path, rank: int, parts: Mapping[str, Part]) -> dict[str, Any]:
+    try:
+        with explaining_full_disk(f"checkpoint {folder.parent / folder.name.removeprefix('.writing-')}"):
+            files: dict[str, FileFacts] = {file.name: make_durable(file) for file in write_shard(folder, rank, parts)}
+            return {"files": files}
+    except UserError as error:
+        return {"failure": [error.message, error.hint or ""]}
+    except Exception as error:
+        return {"failure": [f"process {rank} could not write its part of the checkpoint: {error!r}", ""]}
