@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PROGRESS_FILE = "progress.json"
 MANIFEST_FILE = "manifest.json"
+_FORMAT, _VERSION = "mambatrain checkpoint", 1
 _WRITING = ".writing-"
 _REMOVING = ".removing-"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -91,7 +92,7 @@ def writing_checkpoint(
             write_json_whole(temporary / PROGRESS_FILE, asdict(progress))
             durable[PROGRESS_FILE] = make_durable(temporary / PROGRESS_FILE)
             files = dict(sorted(durable.items()))
-            manifest = {"format": "mambatrain checkpoint", "version": 1, "files": files}
+            manifest = {"format": _FORMAT, "version": _VERSION, "files": files}
             write_json_whole(temporary / MANIFEST_FILE, manifest)
             _publish(temporary, folder)
     except BaseException:
@@ -143,6 +144,8 @@ def damages_of(checkpoint: Path) -> Iterator[str]:
     manifest_file = checkpoint / MANIFEST_FILE
     try:
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+        if (manifest["format"], manifest["version"]) != (_FORMAT, _VERSION):
+            raise ValueError
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except OSError:
         yield f"{manifest_file} is missing"

@@ -63,6 +63,18 @@ def test_kills_change_nothing(
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
 
 
+def test_kills_beside_a_background_save_change_nothing(write_tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Against a run that waited for its saves: the same bytes in every checkpoint."""
+    changes = {"training__total_steps": 60, "checkpoint__every_steps": 3, "evaluation__every_steps": 7}
+    changes |= {"training__micro_batch_rows": 2, "model__head_dim": 16, "model__block": "mamba2"}
+    waiting = write_tiny_recipe(**changes, checkpoint__asynchronous=False)
+    beside = write_tiny_recipe(**changes, checkpoint__asynchronous=True)
+    run_lives(waiting, tmp_path / "undisturbed", 0, 0, "auto")
+    lives = run_lives(beside, tmp_path / "killed", 11, 20, "auto")
+    assert sum(life["trained_on"] for life in lives) > 3, "no life died while it trained and saved"
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize(
     ("block", "kernels", "adapter"),
     [

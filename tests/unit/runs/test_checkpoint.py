@@ -16,6 +16,7 @@ from mambatrain.runs.checkpoint import (
     read_progress,
     save_checkpoint,
 )
+from mambatrain.runs.checkpoint_tensors import read_extra, read_into
 
 
 def save(run: Path, step: int) -> Path:
@@ -49,6 +50,34 @@ def test_damage_is_found_named_and_an_older_checkpoint_is_used(tmp_path: Path, n
     assert newest_valid_checkpoint(tmp_path, found) == older
     assert len(found) == 1
     assert name in found[0] or damage == "flip"  # a flipped manifest shows in the file it describes
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path: Path) -> None:
+    file = save(tmp_path, 1) / "manifest.json"
+    content = file.read_bytes()
+    for position in range(len(content)):
+        for bit in (0x01, 0x20):
+            flipped = bytearray(content)
+            flipped[position] ^= bit
+            file.write_bytes(flipped)
+            assert find_damage(file.parent) is not None, (position, flipped)
+
+
+def test_what_else_is_saved_comes_back_and_is_no_parameter(tmp_path: Path) -> None:
+    extra = {"carried": torch.arange(4.0), "slots": torch.tensor([3, 1])}
+    weight, moment = torch.arange(3.0), torch.ones(3)
+    folder = save_checkpoint(
+        tmp_path / "checkpoints", Progress(), {"weight": weight}, {"weight.exp_avg": moment}, extra
+    )
+    assert find_damage(folder) is None
+    assert {name: value.tolist() for name, value in read_extra(folder).items()} == {
+        "carried": [0.0, 1.0, 2.0, 3.0],
+        "slots": [3, 1],
+    }
+    parameter = torch.zeros(3)
+    assert list(read_into(folder, {"weight": parameter})) == ["weight.exp_avg"]
+    assert torch.equal(parameter, weight)
+    assert read_extra(save(tmp_path, 5)) == {}
 
 
 def test_a_file_left_by_a_crash_in_mid_save_is_no_checkpoint(tmp_path: Path) -> None:
