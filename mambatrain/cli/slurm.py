@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mambatrain.cli.train import RunOption, SetOption, ShardOption
+from mambatrain.cli.train import RunOption, SequenceOption, SetOption, ShardOption
 
 
 def slurm(
@@ -29,6 +29,7 @@ def slurm(
     run: RunOption = None,
     overrides: SetOption = None,
     shard: ShardOption = "no",
+    sequence: SequenceOption = 1,
     options: Annotated[
         list[str] | None,
         typer.Option("--sbatch", metavar="OPTION", help="One more line for sbatch, e.g. --sbatch=--partition=gpu."),
@@ -46,9 +47,10 @@ def slurm(
         raise UserError("--gpus and --processes exclude each other", "--processes is for CPUs")
     per_node = gpus or processes or 8
     rows = read_recipe(recipe, overrides).rows_per_step
-    if rows % (nodes * per_node):
+    if nodes * per_node % sequence or rows % (nodes * per_node // sequence):
+        shared = "" if sequence == 1 else f", {sequence} to a row"
         raise UserError(
-            f"{rows} rows a step do not divide into {nodes} x {per_node} processes",
+            f"{rows} rows a step do not divide into {nodes} x {per_node} processes{shared}",
             "--set training.rows_per_step to a multiple, or ask for another number",
         )
     folder = run or Path("runs") / Path(recipe).stem
@@ -62,6 +64,7 @@ def slurm(
         seconds_to_save=seconds_to_save,
         overrides=tuple(overrides or ()),
         shard=shard,
+        sequence=sequence,
         options=tuple(options or ()),
     )
     print(write_batch_script(job), end="")

@@ -81,6 +81,15 @@ RankTimeoutOption = Annotated[
         help="With several processes: when none has moved for so long, the one that hangs is named and all end.",
     ),
 ]
+SequenceOption = Annotated[
+    int,
+    typer.Option(
+        "--sequence",
+        min=1,
+        metavar="N",
+        help="N neighbouring processes share each row: rows too long for one device. The model is the same.",
+    ),
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where there is a device.")]
 KernelsOption = Annotated[
     Kernels, typer.Option("--kernels", help="Which operators run; what cannot run is refused, never replaced.")
@@ -117,6 +126,7 @@ class Launch:
     nodes: int
     rendezvous: str | None
     shard: str
+    sequence: int
     rank_timeout: float
 
     def is_asked(self) -> bool:
@@ -163,6 +173,7 @@ def pretrain(
     nodes: NodesOption = 1,
     rendezvous: RendezvousOption = None,
     shard: ShardOption = "no",
+    sequence: SequenceOption = 1,
     rank_timeout: RankTimeoutOption = RANK_TIMEOUT_SECONDS,
     device: DeviceOption = Device.auto,
     kernels: KernelsOption = Kernels.auto,
@@ -189,7 +200,7 @@ def pretrain(
     elif recipe is None:
         raise UserError("there is no RECIPE", "`mambatrain recipes list` names the shipped ones")
     read = read_recipe(recipe, overrides)
-    launch = Launch(gpus, processes, nodes, rendezvous, shard, rank_timeout)
+    launch = Launch(gpus, processes, nodes, rendezvous, shard, sequence, rank_timeout)
     _train(read, recipe, None, run, launch, device, kernels, resume, tracker, quiet, branch_from)
 
 
@@ -206,6 +217,7 @@ def finetune(
     nodes: NodesOption = 1,
     rendezvous: RendezvousOption = None,
     shard: ShardOption = "no",
+    sequence: SequenceOption = 1,
     rank_timeout: RankTimeoutOption = RANK_TIMEOUT_SECONDS,
     device: DeviceOption = Device.auto,
     kernels: KernelsOption = Kernels.auto,
@@ -224,7 +236,7 @@ def finetune(
     start = open_weights(weights)
     warn_of_damage(start)
     read = read_recipe(recipe, overrides, model=start.section)
-    launch = Launch(gpus, processes, nodes, rendezvous, shard, rank_timeout)
+    launch = Launch(gpus, processes, nodes, rendezvous, shard, sequence, rank_timeout)
     _train(read, recipe, start, run, launch, device, kernels, resume, tracker, quiet)
 
 
@@ -254,7 +266,7 @@ def _train(
         from mambatrain.training.start import run_training
 
         chosen: Any = "cuda" if launch.gpus else "cpu" if launch.processes else device.value
-        where = Where(chosen, kernels.value, tracker.value, quiet, launch.shard, launch.rank_timeout)
+        where = Where(chosen, kernels.value, tracker.value, quiet, launch.shard, launch.sequence, launch.rank_timeout)
         mode: Any = {None: "if-possible", True: "required", False: "fresh"}[resume]
         exit_code = run_training(recipe, folder, where, mode, stop, weights, branch_from)
         end_processes()

@@ -34,6 +34,12 @@ class MicroBatch(NamedTuple):
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    def part(self, index: int, num_parts: int) -> MicroBatch:
+        """Neighbouring positions of the same rows: part `index` of `num_parts`, as equal as they can be."""
+        length = self.tokens.shape[1]
+        here = slice(index * length // num_parts, (index + 1) * length // num_parts)
+        return MicroBatch(*(tensor[:, here].contiguous() for tensor in self))
+
 
 class Span(NamedTuple):
     """Neighbouring inputs of a row: tokens first .. first + length - 1 of the shard, each with the next as target."""

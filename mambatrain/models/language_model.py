@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mambatrain.models.mamba1 import Mamba1
 from mambatrain.models.mamba2 import Mamba2
 from mambatrain.models.norms import RMSNorm
+from mambatrain.models.sequence_parallel import RowNeighbours
 from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import Backend
 from mambatrain.ops.cross_entropy import chunked_cross_entropy
@@ -58,6 +59,8 @@ class LanguageModel(nn.Module):
         self.backend = backend
         self.recompute_every = 0
         """Of every so many blocks the last keeps its input alone, and computes the rest again in the backward pass."""
+        self.neighbours: RowNeighbours | None = None
+        """Ranks that work on other parts of the same rows; None: rows are whole."""
         # Filled by whoever builds the model; torch's own first values on a meta device would import its compiler (2 s).
         shape = section.padded_vocab_size, section.d_model
         self.embedding = nn.Embedding(*shape, _weight=torch.empty(shape))
@@ -89,10 +92,15 @@ class LanguageModel(nn.Module):
         states: list[BlockState] = []
         for index, layer in enumerate(self.layers):
             before = None if state is None else state[index]
+            if self.neighbours is not None:
+                shapes = cast(Layer, layer).mixer.init_state(len(tokens), torch.device("meta"), residual.dtype)
+                residual, before = self.neighbours.receive(residual, shapes)
             if self.recompute_every and (index + 1) % self.recompute_every == 0 and torch.is_grad_enabled():
                 residual, after = checkpoint(layer, residual, boundaries, before, use_reentrant=False)
             else:
                 residual, after = layer(residual, boundaries, before)
+            if self.neighbours is not None:
+                residual = self.neighbours.send(residual, after)
             states.append(after)
         return self.norm_f(residual), states
 

@@ -60,6 +60,7 @@ class BatchJob:
     """How long before the end of its time a job is told."""
     overrides: tuple[str, ...]
     shard: str
+    sequence: int
     options: tuple[str, ...]
     """More lines for sbatch, such as `--partition=gpu`."""
 
@@ -71,7 +72,8 @@ def write_batch_script(job: BatchJob) -> str:
     devices = ["--gpus", str(job.gpus)] if job.gpus else ["--processes", str(job.processes)]
     changes = [word for change in job.overrides for word in ("--set", change)]
     shard = [] if job.shard == "no" else ["--shard", job.shard]
-    words = ["mambatrain", "pretrain", job.recipe, "--run", str(job.run), *devices, *shard, *changes]
+    sequence = [] if job.sequence == 1 else ["--sequence", str(job.sequence)]
+    words = ["mambatrain", "pretrain", job.recipe, "--run", str(job.run), *devices, *shard, *sequence, *changes]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(_SCRIPT).render(
         name=f"mambatrain-{Path(job.recipe).stem}",

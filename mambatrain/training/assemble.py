@@ -25,7 +25,7 @@ from mambatrain.devices import (
 )
 from mambatrain.errors import UserError
 from mambatrain.files import explaining_full_disk, write_json_whole
-from mambatrain.launch import RANK_TIMEOUT_SECONDS, num_processes_expected
+from mambatrain.launch import RANK_TIMEOUT_SECONDS, num_processes_expected, rank_of_process
 from mambatrain.models.flops import count_parameters, training_flops_per_token
 from mambatrain.models.parameters import parameter_shapes
 from mambatrain.ops.backends import Backend, choose_backend
@@ -42,6 +42,7 @@ from mambatrain.training.name_patterns import freeze_parameters, rates_of
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
 from mambatrain.training.rank_watch import RankWatch, wait_without_end
 from mambatrain.training.resolve import Resolved, resolve
+from mambatrain.training.sequence import RowShare, join_neighbours, refuse_with_sequence, share_of_rank
 from mambatrain.training.sharding import num_shards, refuse_with_shards
 from mambatrain.training.training_run import TrainingRun
 
@@ -59,6 +60,8 @@ class Where:
     quiet: bool = False
     shard: str = "no"
     """How many ranks share one copy of the model: `no`, `full`, `node`, or a number."""
+    sequence: int = 1
+    """How many neighbouring ranks share each row."""
     rank_timeout: float = RANK_TIMEOUT_SECONDS
     """Seconds without a movement of any rank after which the one that hangs is named and all end."""
 
@@ -75,6 +78,7 @@ class Parts:
     weights: Weights | None
     shards: int
     """Ranks that share one copy of the model; 1: each has its own."""
+    row_share: RowShare
 
 
 def choose_parts(
@@ -95,6 +99,9 @@ def choose_parts(
     shards = num_shards(where.shard, accelerator.num_processes)
     if shards > 1:
         refuse_with_shards(recipe, where.shard)
+    if where.sequence > 1:
+        refuse_with_sequence(recipe, where.sequence, shards)
+    row_share = share_of_rank(where.sequence, accelerator.process_index, accelerator.num_processes)
     rates_of(recipe.parameters, list(parameter_shapes(recipe.model)))  # refuses patterns that fit nothing
     if recipe.data.chats is not None:
         if accelerator.is_main_process:
@@ -106,7 +113,7 @@ def choose_parts(
         data.verify()
     backend = choose_backend(where.kernels, accelerator.device, parameter_dtype(resolved.precision))
     check = check_backend(backend, recipe.model.block, accelerator.device)
-    return Parts(accelerator, resolved, data, backend, check, weights, shards)
+    return Parts(accelerator, resolved, data, backend, check, weights, shards, row_share)
 
 
 def assemble(
@@ -133,6 +140,7 @@ def assemble(
         parts.shards,
         begins=checkpoint is None,
     )
+    join_neighbours(objective.model, accelerator.process_index, parts.row_share.num_parts)
     if recipe.adapter is None:
         freeze_parameters(objective.model, recipe.parameters)
     optimizers = build_optimizers(trained, recipe.optimizer, recipe.parameters)
@@ -166,6 +174,7 @@ def assemble(
         optimizers=optimizers,
         order=data.order,
         held_out=data.held_out,
+        row_share=parts.row_share,
         micro_batch_rows=resolved.micro_batch_rows,
         progress=progress,
         reporter=RunReporter(folder, live, tracker, writes=accelerator.is_main_process),
@@ -188,6 +197,7 @@ def describe_run(recipe: Recipe, parts: Parts) -> dict[str, Any]:
         "device": _device_name(device),
         "num_processes": parts.accelerator.num_processes,
         "shards": parts.shards,
+        "sequence": parts.row_share.num_parts,
         **asdict(parts.resolved),
         "kernels": {
             "backend": parts.backend.name,
@@ -223,7 +233,8 @@ def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool
     device = choose_device(where.device)
     if device.type == "cpu":
         keep_freed_memory()
-    resolved = resolve(recipe, folder, device, num_processes_expected(), fresh)
+    share = share_of_rank(where.sequence, rank_of_process(), num_processes_expected())
+    resolved = resolve(recipe, folder, device, share, fresh)
     return start_accelerator(device, resolved.precision, where.rank_timeout), resolved
 
 
@@ -270,6 +281,8 @@ def _print_facts(
     processes = "1 process" if facts["num_processes"] == 1 else f"{facts['num_processes']} processes"
     if facts["shards"] > 1:
         processes += f", {facts['shards']} share a copy of the model,"
+    if facts["sequence"] > 1:
+        processes += f", {facts['sequence']} share each row,"
     print_fact(
         "training",
         f"{recipe.total_steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts['precision']}, "

@@ -20,9 +20,9 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
     accelerator, device = run.accelerator, run.accelerator.device
     started = time.perf_counter()
     run.watch.at("reading its rows", run.progress.draw)
-    micro_batches = run.order.micro_batches(
-        run.progress.draw, run.micro_batch_rows, accelerator.process_index, accelerator.num_processes
-    )
+    share = run.row_share
+    rows = run.order.micro_batches(run.progress.draw, run.micro_batch_rows, share.group, share.num_groups)
+    micro_batches = [micro_batch.part(share.part, share.num_parts) for micro_batch in rows]
     data_seconds = time.perf_counter() - started
     own_targets = sum(micro_batch.num_targets for micro_batch in micro_batches)
     num_targets = int(sum_over_ranks(run, torch.tensor([own_targets], dtype=torch.float64), "the targets")[0])

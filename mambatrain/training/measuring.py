@@ -23,12 +23,13 @@ def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
     """
     if run.held_out is None:
         return False
-    accelerator, progress = run.accelerator, run.progress
-    share = run.held_out.micro_batches(run.micro_batch_rows, accelerator.process_index, accelerator.num_processes)
+    accelerator, progress, share = run.accelerator, run.progress, run.row_share
+    rows = run.held_out.micro_batches(run.micro_batch_rows, share.group, share.num_groups)
     with accelerator.autocast(), evaluated_weights(run.optimizers):
-        if not is_sharded(run.objective.model):  # ranks that share a model go through all of it together
-            share = takewhile(lambda batch: not stop.asked, share)
-        batches = (_noted(run, batch).to(accelerator.device) for batch in share)
+        # Ranks that share a model, or rows, go through all of it together.
+        if not is_sharded(run.objective.model) and share.num_parts == 1:
+            rows = takewhile(lambda batch: not stop.asked, rows)
+        batches = (_noted(run, batch.part(share.part, share.num_parts)).to(accelerator.device) for batch in rows)
         own = measure_held_out(run.objective.model, batches, None, run.objective.first_state())
         reshard(run.objective.model)
     nats, num_targets, asked = sum_over_ranks(

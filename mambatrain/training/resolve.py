@@ -14,6 +14,7 @@ from mambatrain.models.flops import count_parameters
 from mambatrain.recipe import Recipe
 from mambatrain.runs.folder import RunFolder
 from mambatrain.runs.weights import Weights
+from mambatrain.training.sequence import RowShare
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,19 @@ class Resolved:
     micro_batch_rows: int
 
 
-def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, num_processes: int, fresh: bool) -> Resolved:
+def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, share: RowShare, fresh: bool) -> Resolved:
     """Precision and micro-batch: as recorded in the run, or chosen now."""
-    rows = recipe.rows_per_step // num_processes
-    if rows * num_processes != recipe.rows_per_step:
+    rows = recipe.rows_per_step // share.num_groups
+    if rows * share.num_groups != recipe.rows_per_step:
         raise UserError(
-            f"{recipe.rows_per_step} rows a step do not divide into {num_processes} processes",
+            f"{recipe.rows_per_step} rows a step do not divide into {share.all_ranks}",
             "--set training.rows_per_step to a multiple, or start another number of processes",
         )
     for stage in recipe.stages:
-        if stage.rows_per_step % num_processes:
+        if stage.rows_per_step % share.num_groups:
             raise UserError(
                 f"{stage.rows_per_step} rows of {stage.row_tokens} tokens a step, from step {stage.first_draw + 1:,} "
-                f"on, do not divide into {num_processes} processes",
+                f"on, do not divide into {share.all_ranks}",
                 "--set training.tokens_per_step to a multiple, or start another number of processes",
             )
     if not fresh:
@@ -44,7 +45,9 @@ def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, num_process
         return Resolved(facts["precision"], min(rows, int(facts["micro_batch_rows"])))
     precision = resolve_precision(recipe.training.precision, device)
     asked = recipe.training.micro_batch_rows
-    return Resolved(precision, min(rows, choose_micro_batch_rows(recipe, rows, device) if asked == "auto" else asked))
+    if asked == "auto":
+        asked = choose_micro_batch_rows(recipe, rows, device, share.num_parts)
+    return Resolved(precision, min(rows, asked))
 
 
 def read_facts(folder: RunFolder) -> dict[str, Any]:
@@ -86,11 +89,12 @@ def refuse_changed_origin(folder: RunFolder, facts: dict[str, Any], data_digest:
             )
 
 
-def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device) -> int:
+def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device, num_parts: int = 1) -> int:
     """The largest divisor of a rank's rows whose activations fill at most half of the memory that is free.
 
     Per token and layer about 40 d_model + 20 E bytes are kept for the backward pass in mixed precision, twice that in
-    fp32; with activation checkpointing the block's input alone (4 d_model). An estimate on the safe side.
+    fp32; with activation checkpointing the block's input alone (4 d_model). An estimate on the safe side. A rank has
+    one of the `num_parts` parts of each row.
     """
     model = recipe.model
     per_layer = 2 * (40 * model.d_model + 20 * model.d_inner)
@@ -99,5 +103,5 @@ def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device) -> 
     kept += per_layer if recomputed else 0  # one block at a time is whole again
     states = 16 * count_parameters(model)["total"]  # weights, gradients, two moments
     room = max(0.0, 0.5 * (available_memory_bytes(device) - states))
-    fitting = int(room // (kept * recipe.data.row_tokens))
+    fitting = int(room // (kept * -(-recipe.data.row_tokens // num_parts)))
     return next((n for n in range(min(rows, max(1, fitting)), 0, -1) if rows % n == 0), 1)

@@ -14,6 +14,7 @@ from mambatrain.data.training_order import TrainingOrder
 from mambatrain.runs.progress import Progress
 from mambatrain.training.background_save import BackgroundSave
 from mambatrain.training.optimizer import Optimizers
+from mambatrain.training.sequence import RowShare
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +44,8 @@ class TrainingRun:
     optimizers: Optimizers
     order: TrainingOrder
     held_out: HeldOutBatches | None
+    row_share: RowShare
+    """Which rows of a step this rank works on, and which part of them."""
     micro_batch_rows: int
     progress: Progress
     reporter: RunReporter

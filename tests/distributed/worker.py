@@ -1,4 +1,4 @@
-"""One process of a launch: runs every case of a JSON file `[{recipe, run, resume, shard}]` one after another.
+"""One process of a launch: runs every case of a JSON file `[{recipe, run, resume, shard, sequence}]` one after another.
 
 Starting processes is what costs time, so a launch of one world size runs all cases.
 """
@@ -21,7 +21,8 @@ from mambatrain.training.stop import StopRequest
 
 torch.set_num_threads(1)
 for case in json.loads(Path(sys.argv[1]).read_text()):
-    where = Where(device="cpu", kernels="torch", quiet=True, shard=case.get("shard", "no"))
+    place = {"shard": case.get("shard", "no"), "sequence": case.get("sequence", 1)}
+    where = Where(device="cpu", kernels="torch", quiet=True, **place)
     if "origin" in case:  # goes on from the first checkpoint of a run that this launch may just have made
         if int(os.environ["RANK"]) == 0:
             shutil.copytree(case["origin"], case["run"])

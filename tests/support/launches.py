@@ -10,8 +10,8 @@ from typing import Any
 from mambatrain.runs.folder import read_log
 
 
-def launch(world_size: int, cases: list[dict[str, str]], folder: Path) -> None:
-    """Runs cases `{recipe, run, resume, shard}` one after another in so many processes."""
+def launch(world_size: int, cases: list[dict[str, Any]], folder: Path) -> None:
+    """Runs cases `{recipe, run, resume, shard, sequence}` one after another in so many processes."""
     file = folder / f"cases-{world_size}.json"
     file.write_text(json.dumps(cases))
     worker = Path(__file__).parents[1] / "distributed" / "worker.py"
