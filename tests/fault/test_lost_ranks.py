@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from launches import launch
 
 from mambatrain.launch import describe_failures
 from mambatrain.runs.checkpoint import find_damage, list_checkpoints
@@ -47,72 +48,54 @@ def wait_for_lines(run: Path, lines: int, launcher: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
-@pytest.fixture
-def recipe(write_tiny_recipe: WriteRecipe) -> Path:
-    return write_tiny_recipe(training__total_steps=40, checkpoint__every_steps=5, evaluation__every_steps=10)
-
-
-@pytest.fixture
-def ended(recipe: Path, tmp_path: Path) -> Callable[[signal.Signals], tuple[int, int, str]]:
-    """Sends a signal to rank 1 in the middle of training: its pid, the launcher's exit code, and what was said."""
-
-    def end(number: signal.Signals) -> tuple[int, int, str]:
-        launcher = begin(recipe, tmp_path / "run")
-        workers: dict[int, psutil.Process] = {}
-        try:
-            wait_for_lines(tmp_path / "run", 20, launcher)
-            workers = workers_by_rank(launcher)
-            workers[1].send_signal(number)
-            _, stderr = launcher.communicate(timeout=300)
-        finally:
-            launcher.kill()
-            for worker in workers.values():
-                if worker.is_running():
-                    worker.kill()
-        return workers[1].pid, launcher.returncode, stderr
-
-    return end
-
-
-def goes_on(recipe: Path, run: Path, undisturbed: Path) -> bool:
-    """What was left is whole, and resumed it ends with the bytes of a run that never ended."""
+def strike(recipe: Path, run: Path, number: signal.Signals, lines: int) -> tuple[int, int, str]:
+    """Begins or resumes, and sends rank 1 a signal when the log has so many lines: pid, exit code, what was said."""
+    launcher = begin(recipe, run)
+    workers: dict[int, psutil.Process] = {}
+    try:
+        wait_for_lines(run, lines, launcher)
+        workers = workers_by_rank(launcher)
+        workers[1].send_signal(number)
+        _, stderr = launcher.communicate(timeout=300)
+    finally:
+        launcher.kill()
+        for worker in workers.values():
+            if worker.is_running():
+                worker.kill()
     left = list_checkpoints(run)
     assert left
     assert [find_damage(checkpoint) for checkpoint in left] == [None] * len(left)
-    for folder in (run, undisturbed):
-        resumed = begin(recipe, folder, "--quiet")
-        _, stderr = resumed.communicate(timeout=300)
-        assert resumed.returncode == 0, stderr
-    ends = [list_checkpoints(folder)[-1] for folder in (run, undisturbed)]
-    assert [end.name for end in ends] == ["step-00000040"] * 2
-    return all((ends[0] / name).read_bytes() == (ends[1] / name).read_bytes() for name in FILES)
+    assert "Traceback" not in stderr
+    return workers[1].pid, launcher.returncode, stderr
 
 
-def test_a_rank_that_hangs_is_named_and_the_run_goes_on_from_its_checkpoint(
-    recipe: Path, ended: Callable[[signal.Signals], tuple[int, int, str]], tmp_path: Path
+def test_a_rank_that_hangs_or_dies_is_named_and_the_run_goes_on_as_if_nothing_had_been(
+    write_tiny_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    pid, exit_code, stderr = ended(signal.SIGSTOP)
+    recipe = write_tiny_recipe(training__total_steps=40, checkpoint__every_steps=5, evaluation__every_steps=10)
+    run, undisturbed, host = tmp_path / "run", tmp_path / "undisturbed", socket.gethostname()
+
+    pid, exit_code, stderr = strike(recipe, run, signal.SIGSTOP, lines=9)
     assert exit_code == 1, stderr
     assert f"error: no process has moved for {LIMIT} seconds; the others wait for\n" in stderr
-    assert f"  process 1 of 2 on {socket.gethostname()} (pid {pid}): " in stderr
+    assert f"  process 1 of 2 on {host} (pid {pid}): " in stderr
     assert "gives no sign of life" in stderr
     assert "process 0 of 2" not in stderr
     assert "a larger --rank-timeout" in stderr
-    assert "Traceback" not in stderr
     assert not psutil.pid_exists(pid)
-    assert goes_on(recipe, tmp_path / "run", tmp_path / "undisturbed")
 
-
-def test_a_rank_that_is_killed_is_named_at_once(
-    ended: Callable[[signal.Signals], tuple[int, int, str]], tmp_path: Path
-) -> None:
-    _, exit_code, stderr = ended(signal.SIGKILL)
+    _, exit_code, stderr = strike(recipe, run, signal.SIGKILL, lines=23)
     assert exit_code == 1, stderr
-    assert f"error: process 1 on {socket.gethostname()} was killed by SIGKILL; the others were stopped" in stderr
+    assert f"error: process 1 on {host} was killed by SIGKILL; the others were stopped" in stderr
     assert "no process has moved" not in stderr
-    assert "Traceback" not in stderr
-    left = list_checkpoints(tmp_path / "run")
-    assert [find_damage(checkpoint) for checkpoint in left] == [None] * len(left)
+    assert len(read_log(run / "log.jsonl")) < 40, "the run ended too early"
+
+    launch(
+        2, [{"recipe": str(recipe), "run": str(one), "resume": "if-possible"} for one in (run, undisturbed)], tmp_path
+    )
+    ends = [list_checkpoints(folder)[-1] for folder in (run, undisturbed)]
+    assert [end.name for end in ends] == ["step-00000040"] * 2
+    assert all((ends[0] / name).read_bytes() == (ends[1] / name).read_bytes() for name in FILES)
 
 
 @pytest.mark.parametrize(
