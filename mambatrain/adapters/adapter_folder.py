@@ -3,6 +3,7 @@
 adapter_config.json          PEFT's LoraConfig
 adapter_model.safetensors    lora_A, lora_B and magnitudes under PEFT's names of transformers' modules
 tuned_tensors.safetensors    the parameters that were trained themselves, under transformers' names; where there are any
+tokenizer.json, chat_template.jinja, tokenizer_config.json    of an adapter for conversations: how they are spelled
 mambatrain.json              whose adapter it is, by digest; the adapter section; digests of the files; written last
 
 PEFT 0.21 opens in_proj, x_proj, embedding and lm_head. It refuses out_proj, runs dt_proj without effect, and knows
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +67,17 @@ class AdapterFiles:
 
 
 def write_adapter_folder(
-    folder: Path, adapter: AdapterSection, model: ModelSection, base: Base, trained: dict[str, Tensor]
+    folder: Path,
+    adapter: AdapterSection,
+    model: ModelSection,
+    base: Base,
+    trained: dict[str, Tensor],
+    beside: Sequence[Path] = (),
 ) -> None:
     """Writes a folder whole; an earlier one of an adapter is replaced.
+
+    Args:
+        beside: files that are copied into it: the tokenizer and the chat template of conversations.
 
     Raises:
         UserError: the disk is full.
@@ -85,6 +95,8 @@ def write_adapter_folder(
                 theirs = {transformers.NAMES.theirs(name): trained[name].cpu().contiguous() for name in tuned}
                 write_bytes_whole(temporary / TUNED_FILE, save(theirs, {"format": "pt"}))
             write_json_whole(temporary / CONFIG_FILE, _peft_config(adapter, model, base))
+            for file in beside:
+                write_bytes_whole(temporary / file.name, file.read_bytes())
             names = sorted(path.name for path in temporary.iterdir())
             record = {
                 "format": FORMAT,

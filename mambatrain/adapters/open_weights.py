@@ -72,10 +72,9 @@ def find_adapter(path: Path) -> FoundAdapter | None:
     """
     if (path / CONFIG_FILE).is_file():
         adapter, base = read_record(path)
-        tokenizer = RunFolder(path.parent).tokenizer_file  # where it lies in its run
-        return FoundAdapter(
-            str(path), adapter, base, path, path / CONFIG_FILE, tokenizer if tokenizer.is_file() else None
-        )
+        places = (RunFolder(place).tokenizer_file for place in (path, path.parent))  # its own, or that of its run
+        tokenizer = next((file for file in places if file.is_file()), None)
+        return FoundAdapter(str(path), adapter, base, path, path / CONFIG_FILE, tokenizer)
     run, checkpoint = RunFolder(path), None
     if (path / MANIFEST_FILE).is_file():
         run, checkpoint = RunFolder(path.parent.parent), path
@@ -137,8 +136,16 @@ def _merge(found: FoundAdapter, base: Weights) -> Weights:
     return replace(
         base,
         tensors=merge_adapter(base.tensors, adapter, base.section, trained),
-        tokenizer_file=base.tokenizer_file or found.tokenizer_file,
+        tokenizer_file=_tokenizer_of(found, base),
         origin=found.origin,
         digest=hashlib.sha256(content.encode()).hexdigest(),
         damaged=found.damaged,
     )
+
+
+def _tokenizer_of(found: FoundAdapter, base: Weights) -> Path | None:
+    """The adapter's where a chat template lies beside it: conversations are spelled as they were in its training."""
+    own = found.tokenizer_file
+    if own is not None and RunFolder(own.parent).chat_files[0].is_file():
+        return own
+    return base.tokenizer_file or own

@@ -22,6 +22,7 @@ _SHAREGPT_ROLES = {
 _PROMPTS, _COMPLETIONS = ("prompt", "question"), ("completion", "response", "answer")
 _CONTROLS = ("weight", "train")
 _PREFERENCE = {"chosen", "rejected"}
+_SELF_INSTRUCT = {"instruction", "instances"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class ChatFields:
             raise _BadChatError(f"has the fields of several formats: {', '.join(found)}", hint)
         if not found and row.keys() >= _PREFERENCE:
             raise _BadChatError("is a preference pair (chosen, rejected), not a conversation")
+        if not found and row.keys() >= _SELF_INSTRUCT:
+            raise _BadChatError(
+                "has `instances`, as the release of self-instruct has them: several answers to one instruction",
+                "write a row of instruction, input and output for each of them",
+            )
         if not found:
             raise _BadChatError(
                 f"has no conversation: its fields are {', '.join(row) or 'none'}",

@@ -51,7 +51,8 @@ def chat(
         typer.Option(
             "--template",
             metavar="NAME",
-            help="chatml, plain, or a Jinja file. [default: the tokenizer's own, else one that it has the tokens of]",
+            help="chatml, plain, or a Jinja file. [default: that of --state, else the tokenizer's own, else one that "
+            "it has the tokens of]",
         ),
     ] = None,
     stop: Annotated[
@@ -81,11 +82,13 @@ def chat(
     from mambatrain.chats.template_files import find_template
     from mambatrain.cli.open_model import open_model, open_tokenizer, record_step
     from mambatrain.generation.conversation import Conversation
+    from mambatrain.runs.state_file import read_state_file
 
     settings = sampling_settings(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     opened = open_model(weights, kernels.value, device.value, base)
     loaded = open_tokenizer(opened, tokenizer, end_of_document)
-    found = find_template(template, loaded)
+    kept = None if state is None else read_state_file(state).facts.template
+    found = kept if kept is not None and template is None else find_template(template, loaded)
     step = record_step(opened, None)
     conversation = Conversation(opened.model, loaded, found, settings, max_new_tokens, tuple(stop or ()), step)
     session = Session(opened, loaded, conversation)
@@ -165,11 +168,11 @@ class Session:
         from mambatrain.runs.state_file import facts_of, write_state_file
 
         place = self.conversation.place
-        if place.state is None:
+        if place.state is None or not place.messages:
             raise UserError("there is nothing to save yet", "say something first")
         text = ", ".join([part for part in (self.text, f"a chat of {len(place.messages)} messages") if part])
-        kept = self.conversation.chat_of(place)
-        facts = facts_of(self.opened.weights, self.loaded.sha256, text if kept else self.text, place.state, kept)
+        kept, template = self.conversation.chat_of(place), self.conversation.template
+        facts = facts_of(self.opened.weights, self.loaded.sha256, text, place.state, kept, template)
         write_state_file(file, place.state, facts)
         typer.echo(f"wrote {file}: {place.state.num_tokens:,} tokens in {size_in_words(file.stat().st_size)}", err=True)
 
@@ -177,7 +180,7 @@ class Session:
         """Goes on from a state file."""
         found = open_state(file, self.opened, self.loaded)
         assert found is not None
-        self.conversation.place = self.conversation.place_of(found.state, found.facts.chat)
+        self.conversation.place = self.conversation.place_of(found.state, found.facts.chat, found.facts.template)
         self.text = "" if found.facts.chat else found.facts.text
         typer.echo(f"read {file}: {found.facts.text} ({found.facts.num_tokens:,} tokens)", err=True)
 

@@ -83,7 +83,7 @@ def generate(
     if save_state is not None:
         told = (text + new)[:40].replace("\n", " ")
         told = f"{start.facts.text}, {told}" if start else told
-        write_state(save_state, reader.state(), opened, loaded, told, StoredDtype.fp32)
+        write_state(save_state, reader.state(), opened, loaded, told, StoredDtype.fp32, start)
 
 
 def _write_continuation(

@@ -85,7 +85,7 @@ def make(
     num_new = behind.num_tokens - num_before
     typer.echo(f"read {num_new:,} tokens in {seconds:.1f} s ({num_new / seconds:,.0f} tokens/s)", err=True)
     told = text.name if start is None else f"{start.facts.text}, {text.name}"
-    save_state(out, behind, opened, loaded, told, dtype)
+    save_state(out, behind, opened, loaded, told, dtype, start)
 
 
 @state_app.command(cls=PlainCommand, short_help="Say what a state file holds.")
@@ -146,12 +146,20 @@ def open_state(file: Path | None, opened: OpenModel, loaded: LoadedTokenizer) ->
 
 
 def save_state(
-    out: Path, state: TextState, opened: OpenModel, loaded: LoadedTokenizer, text: str, dtype: StoredDtype
+    out: Path,
+    state: TextState,
+    opened: OpenModel,
+    loaded: LoadedTokenizer,
+    text: str,
+    dtype: StoredDtype,
+    start: StateFile | None,
 ) -> None:
-    """Writes a state of a text and says so on stderr."""
+    """Writes a state of a text, read behind `start` where there is one, and says so on stderr."""
     from mambatrain.runs.state_file import facts_of, write_state_file
 
-    write_state_file(out, state, facts_of(opened.weights, loaded.sha256, text, state), torch_dtype(dtype))
+    template = None if start is None or start.facts.chat else start.facts.template
+    facts = facts_of(opened.weights, loaded.sha256, text, state, template=template)
+    write_state_file(out, state, facts, torch_dtype(dtype))
     typer.echo(f"wrote {out}: {state.num_tokens:,} tokens in {size_in_words(out.stat().st_size)}", err=True)
 
 
@@ -188,6 +196,8 @@ def describe_state(found: StateFile, num_bytes: int) -> list[str]:
         f"windows     {len(shapes)} x {size(map(str, window))}, {dtype}: {size_in_words(windows * width)}",
         f"file        {size_in_words(num_bytes)}",
     ]
+    if facts.template is not None:
+        lines.append(f"template    {facts.template.name}")
     if facts.chat is not None:
         lines.append(f"chat        {len(facts.chat.messages)} messages; `mambatrain chat --state` goes on with it")
     return lines

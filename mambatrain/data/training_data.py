@@ -146,17 +146,17 @@ def _lower_weight(recipe: Recipe, source: SourceSection, fraction: float) -> flo
 
 
 def _windows_of(recipe: Recipe, tokens: Tokens, row_tokens: int, may_write: bool) -> AnyWindows:
-    if recipe.trains_state:
-        return DocumentRows(tokens.train, row_tokens)
     if tokens.train.counted is not None:
         refuse_longer_chats(tokens, row_tokens)
-        if recipe.data.packing == "windows":
-            raise UserError(
-                f"data.packing: windows would cut the conversations of {tokens.where} anywhere",
-                "--set data.packing=auto packs conversations and leaves text as it is",
-            )
-    elif recipe.data.packing != "best_fit":
+    if recipe.trains_state:
+        return DocumentRows(tokens.train, row_tokens)
+    if tokens.train.counted is None and recipe.data.packing != "best_fit":
         return Windows(tokens.train, row_tokens)
+    if tokens.train.counted is not None and recipe.data.packing == "windows":
+        raise UserError(
+            f"data.packing: windows would cut the conversations of {tokens.where} anywhere",
+            "--set data.packing=auto packs conversations and leaves text as it is",
+        )
     return open_packing(tokens.train, row_tokens, tokens.digest, may_write)
 
 
@@ -182,7 +182,7 @@ def _held_out_batches(recipe: Recipe, first: Tokens, measured: Tokens | None) ->
         shard, known = tokens.train, tokens.train_bytes
     if shard is None:
         return None
-    if shard.counted is not None and not recipe.trains_state:
+    if shard.counted is not None:
         refuse_longer_chats(tokens, recipe.data.longest_row_tokens)
     batches = HeldOutBatches(
         shard, known, recipe.data.longest_row_tokens, recipe.evaluation.max_tokens, recipe.trains_state

@@ -59,7 +59,7 @@ def find_held_out_text(
     shard, known = tokens.held_out, tokens.held_out_bytes
     if shard is None and named is not None:  # a bare pair that was named for this: all of it
         shard, known = tokens.train, tokens.train_bytes
-    if shard is not None and shard.counted is not None and not document_rows:
+    if shard is not None and shard.counted is not None:
         refuse_longer_chats(tokens, length)
     batches = None if shard is None else HeldOutBatches(shard, known, length, most, document_rows)
     if batches is None or not batches.num_documents:

@@ -143,24 +143,23 @@ class Conversation:
         yield text[num_shown:]
         return text, reader.state(), ""
 
-    def place_of(self, state: TextState | None, chat: Chat | None) -> Place:
-        """Behind a text, or in a conversation that was kept.
+    def place_of(self, state: TextState, chat: Chat | None, template: ChatTemplate | None) -> Place:
+        """Behind a text, in a conversation that was kept, or at the beginning of one, behind a trained state.
 
         Raises:
-            UserError: that was held with another template.
+            UserError: that was held, or the state was trained, with another template.
         """
-        if chat is None:
-            return Place(state)
-        if chat.template_sha256 != self.template.sha256:
+        if template is not None and template.sha256 != self.template.sha256:
+            what = "the conversation was held" if chat else "the state was trained"
             raise UserError(
-                f"the conversation was held with another chat template than {self.template.name}",
-                "name that one with --template",
+                f"{what} with another chat template ({template.name}) than {self.template.name}",
+                "`mambatrain chat --state FILE` without --template takes the one of the file",
             )
-        return Place(state, tuple(chat.messages), chat.unread)
+        return Place(state) if chat is None else Place(state, tuple(chat.messages), chat.unread)
 
     def chat_of(self, place: Place) -> Chat | None:
         """What a state file keeps besides the state; None where nothing was said."""
-        return Chat(list(place.messages), place.unread, self.template.sha256) if place.messages else None
+        return Chat(list(place.messages), place.unread) if place.messages else None
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -6,8 +6,8 @@ hidden             (d_model,)                 the last position behind the last 
                                               not in a trained state, which stands before a text
 seen_ids           (at most the vocabulary,)  int32: which ids were read
 
-The metadata, JSON under the key `mambatrain`, says whose state it is, weights and tokenizer by digest, and has the
-digest of the tensors themselves.
+The metadata, JSON under the key `mambatrain`, says whose state it is, weights and tokenizer by digest, has the digest
+of the tensors themselves, and the chat template of a conversation, or of those that a state was trained on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambatrain.chats.template import ChatTemplate
 from mambatrain.errors import UserError
 from mambatrain.files import write_bytes_whole, write_errors_named
 from mambatrain.models.parameters import conv_channels
@@ -29,7 +30,7 @@ from mambatrain.recipe import ModelSection
 from mambatrain.runs.tensor_files import digest_of_tensors
 from mambatrain.runs.weights import Weights
 
-FORMAT = "mambatrain state 1"
+FORMAT = "mambatrain state 2"
 _KEY = "mambatrain"
 _OTHER_FILE = "name a file that `mambatrain state make`, `generate --save-state` or /save in `chat` wrote"
 
@@ -42,7 +43,6 @@ class Chat:
     """OpenAI's form: role and content."""
     unread: str
     """What the template puts behind the last answer, not read yet: it is encoded with what comes next."""
-    template_sha256: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class StateFacts:
     """What was read, for people."""
     num_tokens: int
     chat: Chat | None = None
+    template: ChatTemplate | None = None
+    """That of the conversation, or of those that the state was trained on; None: there were none."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,16 @@ class StateFile:
 
 
 def facts_of(
-    weights: Weights, tokenizer_sha256: str, text: str, state: TextState, chat: Chat | None = None
+    weights: Weights,
+    tokenizer_sha256: str,
+    text: str,
+    state: TextState,
+    chat: Chat | None = None,
+    template: ChatTemplate | None = None,
 ) -> StateFacts:
     """What a file of this state has to say."""
     return StateFacts(
-        weights.section.block, weights.digest, weights.origin, tokenizer_sha256, text, state.num_tokens, chat
+        weights.section.block, weights.digest, weights.origin, tokenizer_sha256, text, state.num_tokens, chat, template
     )
 
 
@@ -132,8 +139,10 @@ def read_state_file(file: Path) -> StateFile:
             raise UserError(f"{file} is a state file of another version of mambatrain", "make it again")
         if described.pop("tensors_sha256") != digest_of_tensors(tensors):
             raise UserError(f"{file} was changed: its digest is not that of its tensors", "make it again")
-        chat = described.pop("chat")
-        facts = StateFacts(**described, chat=None if chat is None else Chat(**chat))
+        chat, template = described.pop("chat"), described.pop("template")
+        if template is not None:
+            template = ChatTemplate(**template | {"stops": tuple(template["stops"])})
+        facts = StateFacts(**described, chat=None if chat is None else Chat(**chat), template=template)
         seen = frozenset(tensors.pop("seen_ids").tolist())
         hidden = tensors.pop("hidden") if facts.num_tokens else None
         layers = [
@@ -208,7 +217,10 @@ def blend_states(one: StateFile, other: StateFile, weight: float) -> tuple[TextS
         first.seen_ids | second.seen_ids,
     )
     text = f"{1 - weight:g} x ({one.facts.text}) + {weight:g} x ({other.facts.text})"
-    return state, replace(one.facts, text=text, num_tokens=state.num_tokens, chat=None)
+    templates = [facts.template for facts in (one.facts, other.facts) if facts.template is not None]
+    alike = len(templates) == 2 and templates[0].sha256 == templates[1].sha256
+    template = templates[0] if alike else None
+    return state, replace(one.facts, text=text, num_tokens=state.num_tokens, chat=None, template=template)
 
 
 def state_shapes(section: ModelSection) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -6,6 +6,8 @@ import torch
 
 from mambatrain.adapters.adapter_folder import Base, write_adapter_folder
 from mambatrain.adapters.attach import frozen_digest
+from mambatrain.chats.template_files import own_template
+from mambatrain.data.tokenizer import end_token_of_folder, load_tokenizer
 from mambatrain.files import sha256_of
 from mambatrain.models.state import TextState
 from mambatrain.runs.state_file import facts_of, write_state_file
@@ -30,14 +32,20 @@ def write_adapter(run: TrainingRun, weights: Weights) -> None:
     if start is None:
         trained = {name: parameter.detach() for name, parameter in run.trained.parameters.items()}
         base = Base(weights.origin, weights.digest)
-        write_adapter_folder(folder.adapter, adapter, run.recipe.model, base, trained)
+        chat_files = [file for file in folder.chat_files if file.is_file()]
+        beside = [folder.tokenizer_file, *chat_files] if chat_files else []
+        write_adapter_folder(folder.adapter, adapter, run.recipe.model, base, trained, beside)
         num_bytes = sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors"))
         print_fact("adapter", f"{folder.adapter}, {num_bytes / 1e6:.2f} MB")
         return
     with torch.no_grad():
         state = TextState(start.layers(), None, 0, frozenset())
-    tokenizer = weights.tokenizer_file or (folder.tokenizer_file if folder.tokenizer_file.is_file() else None)
-    facts = facts_of(weights, sha256_of(tokenizer) if tokenizer else "", f"trained by {folder.path.name}", state)
+    own = folder.tokenizer_file if folder.tokenizer_file.is_file() else None
+    tokenizer = weights.tokenizer_file or own
+    sha256 = "" if tokenizer is None else sha256_of(tokenizer)
+    # Conversations are spelled later as they were in training, whatever template lies beside the weights.
+    template = None if own is None else own_template(load_tokenizer(own, end_token_of_folder(folder.path)))
+    facts = facts_of(weights, sha256, f"trained by {folder.path.name}", state, template=template)
     dtype = torch.bfloat16 if adapter.state_dtype == "bf16" else torch.float32
     write_state_file(folder.tuned_state, state, facts, dtype)
     print_fact("state", f"{folder.tuned_state}, {folder.tuned_state.stat().st_size / 1e6:.2f} MB")

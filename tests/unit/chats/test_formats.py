@@ -74,6 +74,7 @@ def test_a_messages_own_word_is_kept_apart_from_what_the_template_sees() -> None
         ({"text": "hi"}, "has no conversation: its fields are text"),
         ({}, "its fields are none"),
         ({"chosen": "a", "rejected": "b", "prompt": "c"}, "is a preference pair"),
+        ({"instruction": "a", "instances": [{"input": "", "output": "b"}]}, "has `instances`, as the release of self-"),
         ({"messages": []}, "holds an empty list in `messages`"),
         ({"messages": "hi"}, "holds text in `messages`"),
         ({"messages": ["hi"]}, "holds text as message 1, not an object"),

@@ -176,12 +176,13 @@ def test_a_kept_place_goes_on_as_the_conversation_itself(make: Make) -> None:
     again = make()
     chat = first.chat_of(kept)
     assert chat is not None and kept.unread
-    again.place = again.place_of(kept.state, chat)
+    again.place = again.place_of(kept.state, chat, CHAT)
     assert say(again, *TURNS[2:]) == rest
     assert again.place.messages == first.place.messages
     assert make(ChatTemplate(PLAIN, "plain", END, END)).chat_of(Place()) is None
-    with pytest.raises(UserError, match="another chat template than plain"):
-        make(ChatTemplate(PLAIN, "plain", END, END)).place_of(kept.state, chat)
+    for what, said in ((chat, "the conversation was held"), (None, "the state was trained")):
+        with pytest.raises(UserError, match=rf"{said} with another chat template \(chatml\) than plain"):
+            make(ChatTemplate(PLAIN, "plain", END, END)).place_of(kept.state, what, CHAT)
 
 
 def test_behind_a_document_the_opening_token_is_left_out(
@@ -194,7 +195,7 @@ def test_behind_a_document_the_opening_token_is_left_out(
     num_ends = []
     for start in (None, reader.state()):
         conversation = make(max_new_tokens=1)
-        conversation.place = conversation.place_of(start, None)
+        conversation.place = conversation.place_of(start, None, None) if start else Place()
         read: list[int] = []
         hook = model.embedding.register_forward_hook(lambda _, inputs, __: read.extend(inputs[0].flatten().tolist()))  # noqa: B023
         say(conversation, "x")

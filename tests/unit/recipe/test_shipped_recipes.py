@@ -82,6 +82,13 @@ def test_the_flags_named_for_the_published_weights_give_300_billion_tokens(name:
     assert 0 <= recipe.total_steps * recipe.tokens_per_step - 300e9 < recipe.tokens_per_step
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "state"])
+def test_conversations_take_an_adapter_by_a_flag(kind: str) -> None:
+    recipe = read_recipe("chat", [f"adapter.kind={kind}"], model=SMALLEST_MODEL)
+    assert recipe.adapter is not None and recipe.adapter.kind == kind
+    assert recipe.trains_state == (kind == "state") and recipe.data.chats is not None
+
+
 def test_the_demo_is_the_shape_that_the_documentation_tells() -> None:
     recipe = read_recipe("demo")
     assert count_parameters(recipe.model)["total"] == pytest.approx(3.7e6, rel=0.02)

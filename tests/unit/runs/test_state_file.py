@@ -7,6 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mambatrain.chats.template import ChatTemplate
+from mambatrain.chats.template_files import CHATML, PLAIN
 from mambatrain.errors import UserError
 from mambatrain.generation.reading import Reader
 from mambatrain.models.language_model import LanguageModel
@@ -152,8 +154,9 @@ def test_only_a_state_file_is_replaced(model: LanguageModel, weights: Weights, t
 
 def test_a_conversation_travels_with_its_state(model: LanguageModel, weights: Weights, tmp_path: Path) -> None:
     state = read(model, TOKENS).state()
-    chat = Chat([{"role": "user", "content": "naïve 🐈\n"}], unread="\n", template_sha256="c" * 64)
-    facts = facts_of(weights, "t" * 64, "a chat", state, chat)
+    chat = Chat([{"role": "user", "content": "naïve 🐈\n"}], unread="\n")
+    template = ChatTemplate(CHATML, "mine.jinja", "<s>", "</s>", ("\nUser:",))
+    facts = facts_of(weights, "t" * 64, "a chat", state, chat, template)
     write_state_file(tmp_path / "x", state, facts)
     assert read_state_file(tmp_path / "x").facts == facts
 
@@ -174,7 +177,11 @@ def test_blends(model: LanguageModel, weights: Weights, tmp_path: Path) -> None:
         logits = [Reader(model, END, part).logits() for part in (state, one.state, other.state)]
         torch.testing.assert_close(logits[0], (1 - weight) * logits[1] + weight * logits[2], rtol=1e-4, atol=1e-5)
         assert (state.num_tokens, state.seen_ids, facts.num_tokens) == (len(TOKENS), set(TOKENS), len(TOKENS))
-    assert facts.weights_sha256 == weights.digest
+    assert facts.weights_sha256 == weights.digest and facts.template is None
+    mine, theirs = (ChatTemplate(source, "mine", "<s>", "</s>") for source in (CHATML, PLAIN))
+    for template, kept in ((replace(mine, name="the same elsewhere"), mine), (theirs, None), (None, None)):
+        pair = [StateFile(replace(one.facts, template=here), one.state) for here in (mine, template)]
+        assert blend_states(*pair, 0.5)[1].template == kept
     for change in ({"weights_sha256": "b" * 64}, {"tokenizer_sha256": "b" * 64}):
         with pytest.raises(UserError, match=r"belong to different (weights|tokenizers)"):
             blend_states(one, StateFile(replace(other.facts, **change), other.state), 0.5)
