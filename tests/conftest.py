@@ -57,7 +57,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     counts = {
         outcome: len(terminalreporter.getreports(outcome)) for outcome in ("passed", "failed", "error", "skipped")
     }
-    gpu_skipped = [report for report in terminalreporter.getreports("skipped") if "gpu" in report.keywords]
+    tests = [one for one in terminalreporter.getreports("skipped") if isinstance(one, pytest.TestReport)]  # not files
+    gpu_skipped = [report for report in tests if "gpu" in report.keywords]
     line = f"{counts['passed']} tests passed, {counts['failed'] + counts['error']} failed, {counts['skipped']} skipped"
     if gpu_skipped:
         line += f"; {len(gpu_skipped)} GPU tests did not run: no CUDA device"

@@ -35,6 +35,7 @@ def open_chats(recipe: Recipe, tokenizer_file: Path | None, out: Path) -> TokenC
     if section.template in SHIPPED:
         refuse_missing_tokens(SHIPPED[section.template], section.template, loaded)
     template = find_template(None if section.template == "auto" else section.template, loaded, "data.chats.template")
+    template.refuse_wrong()
     refuse_missing_tokens(template.source, template.name, loaded)
     return tokenize_chats(section, loaded, template, recipe.data.row_tokens, out)
 

@@ -47,6 +47,13 @@ class ChatTemplate:
         """
         return self._render(self._compiled, messages, add_generation_prompt)
 
+    def refuse_wrong(self) -> None:
+        """
+        Raises:
+            UserError: it is no Jinja template, whatever the messages.
+        """
+        self._compile(marks=("", ""))
+
     @property
     def marks_generation(self) -> bool:
         """Whether it says itself what is trained on: `{% generation %} ... {% endgeneration %}`."""

@@ -97,6 +97,34 @@ def test_kills_change_nothing_of_an_adapter(
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
 
 
+def test_kills_change_nothing_of_a_run_on_conversations(write_tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Killed while it makes tokens of them, too; their rows of new tokens are made again in each life."""
+    base = read_recipe(str(write_tiny_recipe(training__total_steps=2)))
+    run_training(base, tmp_path / "base", Where("cpu", "auto", quiet=True), "if-possible", StopRequest())
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {a} {b}", "completion": f"{b} {a}"}) + "\n" for a in words for b in words)
+    )
+    chats = {"files": [str(tmp_path / "chats.jsonl")], "template": "chatml", "held_out": 0.2}
+    recipe = write_tiny_recipe(
+        model=None,
+        data__shards=None,
+        data__chats=chats | {"new_tokens": ["<|im_start|>", "<|im_end|>"]},
+        data__row_tokens=64,
+        training__total_steps=16,
+        checkpoint__every_steps=2,
+        evaluation__every_steps=6,
+    )
+    run_lives(recipe, tmp_path / "undisturbed", 0, 0, "auto", tmp_path / "base")
+    lives = run_lives(recipe, tmp_path / "killed", 7, 4, "auto", tmp_path / "base")
+    assert {life["signal"] for life in lives[:-1]} == {9}
+    assert len({life["checkpoint"] for life in lives}) > 2, "the kills fell on nothing"
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+    kept = [{file.name: file.read_bytes() for file in (tmp_path / run / "chats").iterdir() if file.suffix != ".json"}
+            for run in ("killed", "undisturbed")]  # fmt: skip
+    assert kept[0] == kept[1] and "train.counted.npy" in kept[0]
+
+
 def test_a_life_that_ended_between_a_save_and_its_pruning_leaves_nothing_for_good(
     monkeypatch: pytest.MonkeyPatch, write_tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

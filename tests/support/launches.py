@@ -28,7 +28,7 @@ def launch(world_size: int, cases: list[dict[str, Any]], folder: Path) -> None:
 
 
 def write_case(file: Path, shards: Path, changes: dict[str, Any]) -> Path:
-    """A recipe of a tiny model, with changes by `section__field`."""
+    """A recipe of a tiny model, with changes by `section__field`; {shards}, {folder}: where tokens and recipe lie."""
     import yaml
 
     content: dict[str, Any] = {
@@ -45,7 +45,7 @@ def write_case(file: Path, shards: Path, changes: dict[str, Any]) -> Path:
             content[section][field] = value
         else:
             content[section] = value
-    file.write_text(yaml.safe_dump(content).replace("{shards}", str(shards)))
+    file.write_text(yaml.safe_dump(content).replace("{shards}", str(shards)).replace("{folder}", str(file.parent)))
     return file
 
 

@@ -167,8 +167,10 @@ def test_a_template_that_fails_is_named_with_its_line_and_the_conversations(
     corpus = open_chats(recipe_of(file, tiny_shards, template=mine, skip_bad=True), None, tmp_path / "out")
     assert corpus.manifest.num_skipped_bad == 1
     (tmp_path / "mine.jinja").write_text("{% for %}")
-    with pytest.raises(UserError, match="is wrong in line 1"):
-        open_chats(recipe_of(file, tiny_shards, template=mine), None, tmp_path / "out")
+    for skip in (False, True):  # no conversation's fault
+        with pytest.raises(UserError, match=r"^the chat template \S+mine.jinja is wrong in line 1") as told:
+            open_chats(recipe_of(file, tiny_shards, template=mine, skip_bad=skip), None, tmp_path / "out")
+        assert told.value.hint == "mend it"
 
 
 def test_what_is_longer_than_a_row_is_cut_left_out_or_refused(tmp_path: Path, tiny_shards: Path, write: Any) -> None:
