@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def generate(
     weights: WeightsArgument,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help='Text to continue; "" starts a document.')
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help='Text to continue; "" starts a document.')
     ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", metavar="FILE", help="UTF-8 text; - reads standard input.")
@@ -57,7 +57,9 @@ def generate(
 
     Example: mambatrain generate demo/run --prompt "def main():" --max-new-tokens 100 --seed 1
     """
-    text = _read_prompt(prompt, prompt_file, needed=state is None)
+    if prompt is not None and len(prompt) > 1:
+        raise typer.BadParameter("given more than once; one text is continued by a command", param_hint="'--prompt'")
+    text = _read_prompt(prompt[0] if prompt else None, prompt_file, needed=state is None)
     from mambatrain.cli.open_model import open_model, open_tokenizer, record_step
     from mambatrain.cli.state import StoredDtype, open_state
     from mambatrain.cli.state import save_state as write_state

@@ -16,17 +16,20 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
+from mambatrain.chats.template import ChatTemplate
 from mambatrain.data.tokenizer import load_tokenizer
 from mambatrain.export.exporting import export_weights
 from mambatrain.export.transformers_folder import TRANSFORMERS
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import initialise
+from mambatrain.models.state import TextState
 from mambatrain.ops.backends import choose_backend
 from mambatrain.recipe import ModelSection
-from mambatrain.runs.state_file import read_state_file
-from mambatrain.runs.weights import Weights
+from mambatrain.runs.state_file import facts_of, read_state_file, write_state_file
+from mambatrain.runs.weights import Weights, build_model, read_weights
 
 Run = Callable[..., CompletedProcess[str]]
+CPU = torch.device("cpu")
 SHORT = ["--temperature", "0", "--max-new-tokens", "8"]
 
 
@@ -35,7 +38,7 @@ def weights(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     section = ModelSection(
         block="mamba2", d_model=16, num_layers=2, vocab_size=512, d_state=8, head_dim=8, tie_embeddings=False
     )
-    model = LanguageModel(section, choose_backend("torch", torch.device("cpu")))
+    model = LanguageModel(section, choose_backend("torch", CPU))
     initialise(model, section, seed=1)
     end = load_tokenizer(tiny_shards / "tokenizer.json").end_of_document_id
     with torch.no_grad():
@@ -111,6 +114,25 @@ def test_behind_a_text(chat: Run, run_mambatrain: Run, weights: Path, tmp_path: 
     assert kept.text == "notes.txt, a chat of 2 messages"
     told = chat("--state", "kept", lines=["/system x", "/reset", "/quit"])
     assert "the state is in the middle of a conversation" in told.stderr
+
+
+def test_behind_a_trained_state_the_template_is_the_one_it_was_trained_with(
+    chat: Run, weights: Path, tmp_path: Path
+) -> None:
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}[assistant]"
+    source = source.replace("[assistant]", "{% if add_generation_prompt %}[assistant]{% endif %}")
+    opened, end = read_weights(str(weights)), "<|endoftext|>"
+    layers = build_model(opened, choose_backend("torch", CPU), CPU).init_state(1)
+    state, template = TextState(layers, None, 0, frozenset()), ChatTemplate(source, "brackets", end, end)
+    write_state_file(tmp_path / "tuned", state, facts_of(opened, "", "trained", state, template=template))
+    done = chat("--state", "tuned", lines=["/save early", "one", "/save kept", "two"])
+    assert "template brackets\n" in done.stderr and "there is nothing to save yet" in done.stderr
+    kept = read_state_file(tmp_path / "kept").facts
+    assert kept.template == template and kept.chat is not None and kept.chat.unread == end
+    assert done.stdout.endswith(chat("--state", "kept", lines=["two"]).stdout)
+    refused = chat("--state", "tuned", "--template", "plain", lines=["one"])
+    assert refused.returncode == 1
+    assert "error: the state was trained with another chat template (brackets) than plain\n\nhint: " in refused.stderr
 
 
 def test_a_mistake_costs_its_line_and_not_the_conversation(chat: Run, tmp_path: Path) -> None:

@@ -274,6 +274,7 @@ def test_mistakes_about_prompts(
     [
         ("", "'--prompt' / '--prompt-file': give one of the two"),
         ("--prompt a --prompt-file b", "'--prompt' / '--prompt-file': give one of the two"),
+        ("--prompt a --prompt b", "'--prompt': given more than once"),
         ("--prompt a --top-p 7", "'--top-p': 7.0 is not above 0 and at most 1"),
         ("--prompt a --top-p 0", "'--top-p': 0.0 is not above 0 and at most 1"),
         ("--prompt a --min-p -1", "'--min-p': -1.0 is not from 0 to 1"),

@@ -93,7 +93,7 @@ def test_pretrain_finetune_evaluate_export_and_the_same_chat_in_transformers(
 
 
 def chat_of_transformers(folder: Path, turns: list[str]) -> str:
-    """Greedy answers of at most 50 tokens, a line each, by transformers' own template and loop."""
+    """Greedy answers of at most 50 tokens, and of 50 in all, a line each, by transformers' own template and loop."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -103,7 +103,7 @@ def chat_of_transformers(folder: Path, turns: list[str]) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     assert tokenizer.convert_tokens_to_ids(NEW) == [512, 513]
     messages: list[dict[str, str]] = []
-    answers = []
+    answers, num_new = [], 0
     for turn in turns:
         messages.append({"role": "user", "content": turn})
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
@@ -111,6 +111,8 @@ def chat_of_transformers(folder: Path, turns: list[str]) -> str:
         answer = tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
         answers.append(answer)
+        num_new += out.shape[1] - ids.shape[1]
+    assert num_new >= 50, "too little was said to compare"
     return "".join(f"{answer}\n" for answer in answers)
 
 

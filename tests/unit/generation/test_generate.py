@@ -123,6 +123,29 @@ def test_a_batch_of_states_of_ragged_prompts_is_as_one_at_a_time(model: Language
         torch.testing.assert_close(together[row, -1], alone, rtol=1e-9, atol=1e-9)
 
 
+@torch.no_grad()
+def test_ragged_prompts_in_one_batch_are_as_one_at_a_time(model: LanguageModel) -> None:
+    """Padded on the left, with a boundary where each begins; then each goes on by its own tokens."""
+    prompts = [LONG[:length] for length in (1, 5, 17, 41)]
+    rows = torch.tensor([[8] * (len(LONG) - len(prompt)) + prompt for prompt in prompts])
+    hidden, layers = model.hidden_states(rows, rows == END)
+    texts: list[list[int]] = [[] for _ in prompts]
+    for _ in range(8):
+        logits_of_all = hidden[:, -1] @ model.head_weight.T
+        for row, prompt in enumerate(prompts):
+            alone = read(model, prompt + texts[row])
+            torch.testing.assert_close(logits_of_all[row], logits(model, alone), rtol=1e-9, atol=1e-9)
+            for together, own in zip(layers, alone.layers, strict=True):
+                torch.testing.assert_close(together.ssm[row], own.ssm[0], rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(together.window[row], own.window[0], rtol=1e-9, atol=1e-12)
+        chosen = logits_of_all[:, :VOCABULARY].argmax(1)
+        chosen[chosen == END] = 5  # a new document would forget what is compared
+        for text, token in zip(texts, chosen.tolist(), strict=True):
+            text.append(token)
+        hidden, layers = model.hidden_states(chosen[:, None], None, layers)
+    assert len({tuple(text) for text in texts}) == len(prompts)
+
+
 def test_a_state_is_not_changed_by_reading_on(model: LanguageModel) -> None:
     state = read(model, LONG[:10])
     kept = [tensor.clone() for layer in state.layers for tensor in layer]
