@@ -7,36 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launches import launch, losses, write_case
+from launches import PROMISED, assert_same_run, launch, tolerance_of, write_case
 
 from mambatrain.runs.checkpoint import find_damage, list_checkpoints
 from mambatrain.runs.checkpoint_tensors import model_files, read_model_tensors
 from mambatrain.runs.folder import read_log
 from mambatrain.runs.weights import read_weights
 
-FP64 = {
-    "training__precision": "fp64",
-    "training__total_steps": 20,
-    "checkpoint__every_steps": 10,
-    "evaluation__every_steps": 10,
-}
-MAMBA2 = {"model__block": "mamba2", "model__head_dim": 16}
 CASES: dict[str, dict[str, Any]] = {
-    "mamba1-fp64": FP64,
-    "mamba2-untied-accumulated-fp64": {
-        **FP64,
-        **MAMBA2,
-        "model__tie_embeddings": False,
-        "training__rows_per_step": 12,
-        "training__micro_batch_rows": 1,
-    },
+    **PROMISED,
     "recomputed-fp64": {"training__precision": "fp64", "training__activation_checkpointing": "every_block"},
     "schedule-free-fp64": {
         "training__precision": "fp64",
         "optimizer__kind": "schedule_free",
         "schedule": {"kind": "constant"},
     },
-    "mamba2-fp32": MAMBA2,
+    "mamba2-fp32": {"model__block": "mamba2", "model__head_dim": 16},
     "mamba1-bf16": {"training__precision": "bf16"},
     "moments-bf16": {"optimizer__state_precision": "bf16"},
     "muon-bf16": {"optimizer__kind": "muon"},  # whatever the precision, it makes its updates in bf16
@@ -46,7 +32,7 @@ CASES_OF = {
     "one": list(CASES),
     "full over 2": list(CASES),
     "full over 4": ["mamba1-fp64"],
-    "2 groups of 2": ["mamba1-fp64", "mamba2-untied-accumulated-fp64", "mamba2-fp32"],
+    "2 groups of 2": [*PROMISED, "mamba2-fp32"],
 }
 MOVED = "mamba1-fp64"
 MOVES = {  # from a division to another, behind its first checkpoint
@@ -107,15 +93,8 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("division", "case"), [(name, case) for name in DIVISIONS for case in CASES_OF[name]])
 def test_losses_and_weights_are_those_of_one_process(runs: Path, case: str, division: str) -> None:
-    alone, run = losses(runs / "one" / case), runs / division / case
-    # bf16: a gradient is rounded once more where it is summed over ranks, and a moment may be rounded the other way.
-    tolerance = 1e-10 if case.endswith("fp64") else 1e-5 if case.endswith("fp32") else 3e-3
-    assert len(alone) in (8 + 3, 20 + 3)  # steps, and the held-out losses
-    assert losses(run) == pytest.approx(alone, rel=tolerance)
-    if case.endswith("fp64"):
-        wanted = final_weights(runs / "one" / case)
-        for name, value in final_weights(run).items():
-            torch.testing.assert_close(value, wanted[name], rtol=1e-10, atol=1e-10)
+    run = runs / division / case
+    assert_same_run(run, runs / "one" / case, tolerance_of(case))
     counts = [line["num_targets"] for line in read_log(run / "log.jsonl") if line["event"] == "step"]
     assert len(model_files(list_checkpoints(run)[-1])) == DIVISIONS[division][0]
     assert counts == [line["num_targets"] for line in read_log(runs / "one" / case / "log.jsonl") if "loss" in line]
@@ -139,10 +118,7 @@ def test_a_rank_holds_its_share_alone(runs: Path) -> None:
 
 @pytest.mark.parametrize("move", MOVES)
 def test_a_run_goes_on_divided_otherwise(runs: Path, move: str) -> None:
-    assert losses(runs / move) == pytest.approx(losses(runs / "one" / MOVED), rel=1e-10)
-    wanted = final_weights(runs / "one" / MOVED)
-    for name, value in final_weights(runs / move).items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-10, atol=1e-10)
+    assert_same_run(runs / move, runs / "one" / MOVED, 1e-10)
 
 
 def test_resumed_in_the_same_division_it_equals_never_stopped_to_the_bit(runs: Path) -> None:

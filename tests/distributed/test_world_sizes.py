@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import launch, losses, write_case
+from launches import PROMISED, assert_same_run, launch, losses, tolerance_of, write_case
 from safetensors.numpy import load_file
 
 from mambatrain.data.batches import IGNORED_TARGET
@@ -18,11 +18,9 @@ from mambatrain.runs.folder import read_log
 
 WORLD_SIZES = (2, 1, 4)  # 2 first: its checkpoint is what 1 and 4 resume from
 CASES: dict[str, dict[str, Any]] = {
-    "mamba1-fp64": {"training__precision": "fp64"},
-    "mamba2-fp64": {"training__precision": "fp64", "model__block": "mamba2", "model__head_dim": 16},
-    "mamba1-fp32": {},
-    "mamba2-fp32": {"model__block": "mamba2", "model__head_dim": 16, "model__tie_embeddings": False},
-    "accumulated-fp64": {"training__precision": "fp64", "training__micro_batch_rows": 1, "training__rows_per_step": 8},
+    **PROMISED,
+    "short-fp64": {"training__precision": "fp64"},
+    "short-fp32": {},
     "recomputed-fp64": {"training__precision": "fp64", "training__activation_checkpointing": "every_block"},
     "muon-fp64": {"training__precision": "fp64", "optimizer__kind": "muon"},
     "schedule-free-fp64": {
@@ -63,7 +61,7 @@ CASES["chats-fp64"] = {
     "data__chats": {"files": ["{folder}/chats.jsonl"], "tokenizer": "{shards}/tokenizer.json", "template": "raw"},
 }
 MOVED = "mixture-fp64"
-RESUMED = "mamba1-fp32"
+RESUMED = "short-fp32"
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +98,7 @@ def skipped_draws(run: Path) -> list[int]:
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_losses_do_not_depend_on_the_number_of_processes(runs: Path, case: str, world_size: int) -> None:
-    tolerance = 1e-10 if case.endswith("fp64") else 1e-5
-    alone = losses(runs / "1" / case)
-    assert len(alone) == 8 + 3  # steps, and the held-out loss at 0, 4 and 8
-    assert losses(runs / str(world_size) / case) == pytest.approx(alone, rel=tolerance)
+    assert_same_run(runs / str(world_size) / case, runs / "1" / case, tolerance_of(case))
 
 
 def test_draws_are_judged_alike_on_any_number_of_processes(runs: Path) -> None:
@@ -143,4 +138,4 @@ def test_4_processes_resumed_equal_4_that_never_stopped_to_the_bit(runs: Path) -
 
 
 def test_activation_checkpointing_changes_nothing(runs: Path) -> None:
-    assert losses(runs / "1" / "recomputed-fp64") == losses(runs / "1" / "mamba1-fp64")
+    assert losses(runs / "1" / "recomputed-fp64") == losses(runs / "1" / "short-fp64")
