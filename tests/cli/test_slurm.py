@@ -93,6 +93,8 @@ def test_several_nodes_meet_at_the_first_and_what_does_not_divide_is_refused(
     assert "#SBATCH --nodes=4" in done.stdout
     assert "#SBATCH --gpus-per-node=8" in done.stdout
     assert '--gpus 8 --shard node --nodes 4 --rendezvous "$host:$port"' in done.stdout
+    shared = run_mambatrain("slurm", recipe, "--nodes", "16", "--sequence", "4")  # 128 processes, 4 to a row
+    assert "--gpus 8 --sequence 4 --nodes 16" in shared.stdout
     refused = run_mambatrain("slurm", recipe, "--nodes", "3")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "64 rows a step do not divide into 3 x 8 processes" in refused.stderr

@@ -193,6 +193,10 @@ def test_rows_that_do_not_divide_into_processes_are_refused_once(
     assert done.returncode == 1
     assert done.stderr.count("3 rows a step do not divide into 2 processes") == 1
     assert "Traceback" not in done.stderr
+    done = run_mambatrain("pretrain", recipe, "--run", tmp_path / "run", "--sequence", "2")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--sequence 2: 1 process(es) do not divide into groups of 2" in done.stderr
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_wandb_without_a_key_is_offline_and_says_where(

@@ -141,6 +141,18 @@ def test_a_document_that_does_not_end_as_the_others_is_refused_where_it_is_read(
         Windows(shard, 4).rows(np.array([2]))
 
 
+@pytest.mark.parametrize("num_parts", [1, 3, 4, 7])
+def test_parts_of_rows_make_the_rows_and_are_as_equal_as_can_be(tmp_path: Path, num_parts: int) -> None:
+    windows = Windows(write_shard(tmp_path, [9, 4, 14]), 10)
+    batch = windows.rows(np.arange(windows.num_windows))
+    parts = [batch.part(index, num_parts) for index in range(num_parts)]
+    for together, whole in zip(zip(*parts, strict=True), batch, strict=True):
+        assert torch.equal(torch.cat(together, dim=1), whole)
+    lengths = [part.tokens.shape[1] for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+    assert sum(part.num_targets for part in parts) == batch.num_targets
+
+
 def test_spans_of_a_row_do_not_see_each_other(tmp_path: Path) -> None:
     shard = write_shard(tmp_path, [2, 5])  # END 1 2 END 3 4 5 6 7 END
     row = read_rows([(shard, [Span(5, 2), Span(0, 3)])], 7)

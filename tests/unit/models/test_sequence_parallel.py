@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted_models import adapted, base_model, everything
 from torch import Tensor
 from torch.distributed import HashStore, ProcessGroupGloo
 
@@ -19,6 +20,7 @@ from mambatrain.models.parameters import initialise
 from mambatrain.models.sequence_parallel import RowNeighbours, bytes_sent
 from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import choose_backend
+from mambatrain.ops.native import why_unavailable
 from mambatrain.recipe import ModelSection
 
 SECTIONS = {
@@ -28,6 +30,7 @@ SECTIONS = {
     ),
 }
 ROWS, LENGTH = 3, 26
+CPU = torch.device("cpu")
 
 
 class CountingGroup:
@@ -68,7 +71,7 @@ def on_ranks(num_ranks: int, work: Callable[[int, CountingGroup], Any]) -> list[
 
 
 def build(block: str, kernels: str = "torch", dtype: torch.dtype = torch.float64) -> LanguageModel:
-    model = LanguageModel(SECTIONS[block], choose_backend(kernels, torch.device("cpu"), dtype)).to(dtype)
+    model = LanguageModel(SECTIONS[block], choose_backend(kernels, CPU, dtype)).to(dtype)
     initialise(model, SECTIONS[block], seed=0)
     return model
 
@@ -141,7 +144,16 @@ def test_groups_of_ranks_have_rows_of_their_own(block: str) -> None:
     assert_same(found, (2 * loss, {name: 2 * gradient for name, gradient in gradients.items()}), 1e-12)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        "torch",
+        pytest.param(
+            "native",
+            marks=pytest.mark.skipif(why_unavailable(CPU, torch.float32) is not None, reason="no native kernels"),
+        ),
+    ],
+)
 @pytest.mark.parametrize("block", SECTIONS)
 def test_in_fp32_with_blocks_computed_again(block: str, kernels: str) -> None:
     model, batches = build(block, kernels, torch.float32), [make_batch()]
@@ -175,6 +187,14 @@ def test_layers_that_are_not_trained_pass_their_states_on() -> None:
     wanted = train_on(model, batches)
     assert len(wanted[1]) == 11
     assert_same(found, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("block", SECTIONS)
+def test_an_adapter_is_trained_as_on_whole_rows(block: str) -> None:
+    model, batches = base_model(SECTIONS[block], dtype=torch.float64), [make_batch()]
+    adapted(model, everything(block, "lora", tied=block == "mamba1"))
+    found = train_in_parts(model, batches, 3)
+    assert_same(found, train_on(model, batches), 1e-12)
 
 
 def test_the_two_functions_alone() -> None:
