@@ -100,7 +100,7 @@ def choose_parts(
     if shards > 1:
         refuse_with_shards(recipe, where.shard)
     if where.sequence > 1:
-        refuse_with_sequence(recipe, where.sequence, shards)
+        refuse_with_sequence(recipe, where.sequence, shards, where.kernels)
     row_share = share_of_rank(where.sequence, accelerator.process_index, accelerator.num_processes)
     rates_of(recipe.parameters, list(parameter_shapes(recipe.model)))  # refuses patterns that fit nothing
     if recipe.data.chats is not None:

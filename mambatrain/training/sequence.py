@@ -47,7 +47,7 @@ def share_of_rank(num_parts: int, rank: int, num_processes: int) -> RowShare:
     return RowShare(rank // num_parts, num_processes // num_parts, rank % num_parts, num_parts)
 
 
-def refuse_with_sequence(recipe: Recipe, num_parts: int, shards: int) -> None:
+def refuse_with_sequence(recipe: Recipe, num_parts: int, shards: int, kernels: str) -> None:
     """
     Raises:
         UserError: the run is asked for something that does not go with ranks that share rows.
@@ -62,6 +62,11 @@ def refuse_with_sequence(recipe: Recipe, num_parts: int, shards: int) -> None:
         raise UserError(
             f"--sequence {num_parts} does not go with adapter.kind state, whose rows begin with a trained state",
             "leave --sequence out",
+        )
+    if kernels == "mamba-ssm" and recipe.model.block == "mamba1":
+        raise UserError(
+            f"--sequence {num_parts} does not go with --kernels mamba-ssm, whose scan of Mamba-1 takes no state",
+            "take --kernels native or torch",
         )
     shortest = min(stage.row_tokens for stage in recipe.stages)
     if shortest < num_parts:

@@ -14,6 +14,8 @@ from mambatrain.runs.folder import RunFolder
 from mambatrain.training.resolve import resolve
 from mambatrain.training.sequence import RowShare, refuse_with_sequence, share_of_rank
 
+MAMBA2 = {"block": "mamba2", "d_model": 8, "num_layers": 1, "vocab_size": 512, "head_dim": 4}
+
 
 def recipe_of(rows_per_step: int = 4, **sections: Any) -> Recipe:
     content = {
@@ -49,10 +51,13 @@ def test_rows_must_divide_into_groups_not_into_processes(tmp_path: Path) -> None
 
 
 def test_what_does_not_go_with_shared_rows_is_refused_by_name() -> None:
-    refuse_with_sequence(recipe_of(), 4, shards=1)
+    refuse_with_sequence(recipe_of(), 4, shards=1, kernels="torch")
     with pytest.raises(UserError, match="--sequence 4 does not go with --shard"):
-        refuse_with_sequence(recipe_of(), 4, shards=2)
+        refuse_with_sequence(recipe_of(), 4, shards=2, kernels="torch")
     with pytest.raises(UserError, match=r"--sequence 4 does not go with adapter\.kind state"):
-        refuse_with_sequence(recipe_of(adapter={"kind": "state"}), 4, shards=1)
+        refuse_with_sequence(recipe_of(adapter={"kind": "state"}), 4, shards=1, kernels="torch")
     with pytest.raises(UserError, match="--sequence 4: rows of 3 tokens do not have a token for each process"):
-        refuse_with_sequence(recipe_of(data={"shards": "nowhere", "row_tokens": 3}), 4, shards=1)
+        refuse_with_sequence(recipe_of(data={"shards": "nowhere", "row_tokens": 3}), 4, shards=1, kernels="torch")
+    refuse_with_sequence(recipe_of(model=MAMBA2), 4, shards=1, kernels="mamba-ssm")
+    with pytest.raises(UserError, match="--sequence 4 does not go with --kernels mamba-ssm"):
+        refuse_with_sequence(recipe_of(), 4, shards=1, kernels="mamba-ssm")
