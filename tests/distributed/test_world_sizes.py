@@ -1,6 +1,5 @@
 """1, 2 and 4 processes: the same order, the same losses, and a run that moves between them."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,17 +48,6 @@ CASES["mixture-fp64"] = {
         }
     ],
 }
-# Conversations, packed: each row holds several, and what counts is spread unevenly over the ranks.
-CHAT_ROWS = [
-    {"prompt": f"{a} {b}", "completion": " ".join([b] * (1 + n % 5))}
-    for n, a in enumerate(["one", "two", "three", "four", "five", "six", "seven"])
-    for b in ["red", "green", "blue"]
-]
-CASES["chats-fp64"] = {
-    "training__precision": "fp64",
-    "data__shards": None,
-    "data__chats": {"files": ["{folder}/chats.jsonl"], "tokenizer": "{shards}/tokenizer.json", "template": "raw"},
-}
 MOVED = "mixture-fp64"
 RESUMED = "short-fp32"
 
@@ -68,7 +56,6 @@ RESUMED = "short-fp32"
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     """RUNS/WORLD_SIZE/CASE of every case, and RUNS/WORLD_SIZE/moved resumed from step 4 of 2 processes."""
     folder = tmp_path_factory.mktemp("worlds")
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHAT_ROWS))
     recipes = {name: write_case(folder / f"{name}.yaml", tiny_shards, changes) for name, changes in CASES.items()}
     for world_size in WORLD_SIZES:
         cases = [
