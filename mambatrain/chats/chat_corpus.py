@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from mambatrain.chats.counted import Spans, counting_messages, render_counted
-from mambatrain.chats.encode import ChatEncoder, EncodedChat
-from mambatrain.chats.formats import ChatFields, ReadChat
+from mambatrain.chats.encode import EncodedChat
+from mambatrain.chats.read_chats import Outcome, Together, fields_of, read_chats
 from mambatrain.chats.template import ChatTemplate
 from mambatrain.data.chats_record import ChatsRecord
 from mambatrain.data.documents import DocumentReader
@@ -34,12 +29,10 @@ from mambatrain.data.manifest import (
     record_sources,
 )
 from mambatrain.data.permutation import permute
-from mambatrain.data.progress import ByteProgress
 from mambatrain.data.shuffle_documents import num_held_out
-from mambatrain.data.sources import SourceFile, check_unchanged, find_sources
+from mambatrain.data.sources import check_unchanged, find_sources
 from mambatrain.data.staging import StagedFolder
 from mambatrain.data.streams import keep_streams
-from mambatrain.data.text_fields import BadText
 from mambatrain.data.token_corpus import (
     CHAT_FILES,
     MANIFEST_NAME,
@@ -53,20 +46,7 @@ from mambatrain.data.token_shards import TokenShardWriter, token_dtype
 from mambatrain.data.tokenizer import LoadedTokenizer
 from mambatrain.errors import UserError
 from mambatrain.files import fsync_file, sha256_of, write_bytes_whole, write_errors_named, write_json_whole
-from mambatrain.recipe.chat_section import ChatSection
-
-_AT_ONCE = 256  # conversations that are encoded together
-
-
-@dataclass
-class _Outcome:
-    """What became of the conversations."""
-
-    formats: Counter[str]
-    num_truncated: int = 0
-    num_counted_cut: int = 0
-    num_too_long: int = 0
-    first_too_long: str | None = None
+from mambatrain.recipe.chat_section import PAIRS, ChatSection
 
 
 def tokenize_chats(
@@ -87,7 +67,7 @@ def tokenize_chats(
         UserError: a conversation cannot be used and is not to be left out, by file and line; or `out` is in use.
     """
     with write_errors_named(out), StagedFolder(out) as staged:
-        fields = ChatFields(section.format, section.prompt_field, section.completion_field)
+        fields = fields_of(section)
         files = find_sources(keep_streams(section.files, staged.path, fields)).files
         for file in files:
             if file.kind in ("text", "python"):
@@ -95,105 +75,35 @@ def tokenize_chats(
         records = record_sources(files)
         if (found := _reusable(out, section, records, loaded, template, row_tokens)) is not None:
             return found
-        skip = "data.chats.skip_bad=true leaves such conversations out and counts them"
+        what = "pair" if section.format == PAIRS else "conversation"
+        skip = f"data.chats.skip_bad=true leaves such {what}s out and counts them"
         reader = DocumentReader(files, fields, section.skip_bad, how_to_skip=skip)
-        outcome = _Outcome(Counter())
-        chats = _read_all(reader, files, section, loaded, template, row_tokens, outcome)
+        outcome = Outcome()
+        chats = read_chats(reader, files, section, loaded, template, row_tokens, outcome)
         check_unchanged(files)
         if not chats:
             told = f"the first: {reader.bad[0]}" if reader.bad else "name files that hold some"
-            raise UserError(f"{', '.join(section.files)} hold no conversation that can be used", told)
+            raise UserError(f"{', '.join(section.files)} hold no {what} that can be used", told)
         _write_folder(staged.path, chats, section, records, loaded, template, row_tokens, outcome, reader)
         staged.publish()
     return open_token_corpus(out)
 
 
-def _read_all(
-    reader: DocumentReader,
-    files: tuple[SourceFile, ...],
-    section: ChatSection,
-    loaded: LoadedTokenizer,
-    template: ChatTemplate,
-    row_tokens: int,
-    outcome: _Outcome,
-) -> list[EncodedChat]:
-    encoder = ChatEncoder(loaded)
-    chats: list[EncodedChat] = []
-    with ByteProgress("reading conversations", sum(file.num_bytes for file in files)) as progress:
-        rendered = _rendered(reader, section, template, encoder, outcome)
-        while batch := list(islice(rendered, _AT_ONCE)):
-            texts, spans = [text for _, text, _ in batch], [spans for _, _, spans in batch]
-            # One token more than a row has positions: its last target.
-            encoded = encoder.encode(texts, spans, row_tokens + 1)
-            for (origin, _, _), chat in zip(batch, encoded, strict=True):
-                if chat.num_cut[0] and not _may_be_cut(chat, origin, section, row_tokens, outcome):
-                    continue
-                if chat.counted.any():
-                    chats.append(chat)
-                elif chat.num_cut[1]:
-                    reason = f"has no counted token among its first {row_tokens + 1:,}, all that a row shows"
-                    reader.leave_out(origin, BadText(reason, "longer rows (data.row_tokens) show more"))
-                else:
-                    reader.leave_out(origin, BadText("has no token that counts", "data.chats.count names other roles"))
-            progress.advance_to(reader.bytes_read)
-    return chats
-
-
-def _may_be_cut(chat: EncodedChat, origin: str, section: ChatSection, row_tokens: int, outcome: _Outcome) -> bool:
-    """Whether a conversation that does not fit a row is kept without its end."""
-    num_tokens = len(chat.ids) + chat.num_cut[0]
-    if section.too_long == "refuse":
-        raise UserError(
-            f"{origin} has {num_tokens:,} tokens, and a row shows {row_tokens + 1:,}",
-            "longer rows (data.row_tokens), or data.chats.too_long: truncate or skip",
-        )
-    outcome.first_too_long = outcome.first_too_long or origin
-    if section.too_long == "skip":
-        outcome.num_too_long += 1
-        return False
-    if chat.counted.any():
-        outcome.num_truncated += 1
-        outcome.num_counted_cut += chat.num_cut[1]
-    return True
-
-
-def _rendered(
-    reader: DocumentReader,
-    section: ChatSection,
-    template: ChatTemplate,
-    encoder: ChatEncoder,
-    outcome: _Outcome,
-) -> Iterator[tuple[str, str, Spans]]:
-    """Origin, text and counted characters of each conversation that can be used."""
-    for document in reader:
-        chat = ReadChat.from_text(document.text)
-        counting = counting_messages(chat, section)
-        if not counting:
-            reader.leave_out(document.origin, BadText("has no message that counts", "data.chats.count names roles"))
-            continue
-        try:
-            text, spans = render_counted(template, chat.messages, counting, encoder.special_texts)
-        except UserError as error:
-            reader.leave_out(document.origin, BadText(f"cannot be shown: {error.message}", error.hint))
-            continue
-        outcome.formats[chat.format] += 1
-        yield document.origin, text, spans
-
-
 def _write_folder(
     folder: Path,
-    chats: list[EncodedChat],
+    chats: list[Together],
     section: ChatSection,
     records: list[SourceRecord],
     loaded: LoadedTokenizer,
     template: ChatTemplate,
     row_tokens: int,
-    outcome: _Outcome,
+    outcome: Outcome,
     reader: DocumentReader,
 ) -> None:
     order = permute(np.arange(len(chats), dtype=np.int64), len(chats), section.seed).tolist()
     num_kept = len(chats) - (num_held_out(len(chats), section.held_out) if len(chats) > 1 else 0)
-    parts = {"train": [chats[i] for i in order[:num_kept]], "held_out": [chats[i] for i in order[num_kept:]]}
+    chosen = {"train": order[:num_kept], "held_out": order[num_kept:]}
+    parts = {split: [chat for number in numbers for chat in chats[number]] for split, numbers in chosen.items()}
     shards = {split: _write_split(folder, split, part, loaded) for split, part in parts.items()}
     write_bytes_whole(folder / TOKENIZER_NAME, loaded.content)
     write_bytes_whole(folder / TEMPLATE_NAME, template.source.encode())

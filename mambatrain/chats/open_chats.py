@@ -11,7 +11,7 @@ from mambatrain.chats.template_files import SHIPPED, find_template
 from mambatrain.data.token_corpus import TokenCorpus
 from mambatrain.data.tokenizer import LoadedTokenizer, end_token_of_folder, load_tokenizer, with_special_tokens
 from mambatrain.errors import UserError
-from mambatrain.recipe.chat_section import ChatSection
+from mambatrain.recipe.chat_section import PAIRS, ChatSection
 from mambatrain.recipe.sections import Recipe
 
 _TOKEN_NAMES = re.compile(r"<\|[^\s|<>']+\|>")
@@ -75,18 +75,20 @@ def chat_lines(corpus: TokenCorpus) -> Iterator[str]:
     """What was read and what became of it, for people."""
     record = corpus.manifest.chats
     assert record is not None
-    formats = ", ".join(f"{count:,} {name}" for name, count in record.formats.items())
+    are_pairs = record.options.format == PAIRS
+    what, each = ("preference pairs", 2) if are_pairs else ("conversations", 1)
+    formats = ", ".join(f"{count:,} {what if are_pairs else name}" for name, count in record.formats.items())
     train, held_out = corpus.manifest.train, corpus.manifest.held_out
-    yield f"{formats} in the template {record.template}; {held_out.num_documents:,} are held out"
+    yield f"{formats} in the template {record.template}; {held_out.num_documents // each:,} are held out"
     share = record.num_counted["train"] / max(train.num_tokens, 1)
     roles = ", ".join(record.options.count) + (", last turn alone" if record.options.turns == "last" else "")
     yield f"{record.num_counted['train']:,} of {train.num_tokens:,} training tokens count ({share:.0%}): {roles}"
     if record.num_truncated:
         yield (
-            f"{record.num_truncated:,} conversations were longer than a row of {record.row_tokens:,} and lost their "
+            f"{record.num_truncated:,} {what} were longer than a row of {record.row_tokens:,} and lost their "
             f"ends with {record.num_counted_cut:,} counted tokens; the first: {record.first_too_long}"
         )
     if record.num_too_long:
-        yield f"{record.num_too_long:,} conversations were left out for length; the first: {record.first_too_long}"
+        yield f"{record.num_too_long:,} {what} were left out for length; the first: {record.first_too_long}"
     if corpus.manifest.num_skipped_bad:
-        yield f"{corpus.manifest.num_skipped_bad:,} conversations were left out as bad; the first: {record.bad[0]}"
+        yield f"{corpus.manifest.num_skipped_bad:,} {what} were left out as bad; the first: {record.bad[0]}"

@@ -75,7 +75,7 @@ def run_lines(run: RunFolder, summary: RunSummary) -> Iterator[str]:
         yield f"  {checkpoint.name}  {format_bytes(folder_bytes(checkpoint)):>10}{mark}"
     losses = [line["loss"] for line in read_log(run.log_file) if line.get("event") == "step"]
     if sketch := sketch_loss(losses):
-        yield f"training loss, nats per token, {len(losses):,} steps"
+        yield f"training loss, nats per {'token' if recipe.preferences is None else 'pair'}, {len(losses):,} steps"
         yield from (f"  {line}" for line in sketch)
     yield f"picture      {run.loss_picture if run.loss_picture.is_file() else 'drawn when the run ends or is stopped'}"
     yield f"recipe       {run.recipe_file}"

@@ -56,7 +56,7 @@ def print_chats(chats: Sequence[Tokens], count: int, to_stderr: bool) -> dict[st
 
     from mambatrain.chats.open_chats import chat_lines
     from mambatrain.data.tokenizer import load_tokenizer
-    from mambatrain.report.chat_text import LEGEND, shown_chats
+    from mambatrain.report.chat_text import LEGEND, chat_tokens, shown_chats
 
     console = Console(stderr=to_stderr, highlight=False)
     shown = []
@@ -69,10 +69,10 @@ def print_chats(chats: Sequence[Tokens], count: int, to_stderr: bool) -> dict[st
         for number, (title, text) in enumerate(shown_chats(tokens, loaded, count)):
             console.print(f"\n{title}; {LEGEND}", style="bold", soft_wrap=True, markup=False)
             console.print(text, soft_wrap=True)
-            start = int(shard.document_starts[number])
-            ids = shard.document(number).tolist()
-            counted = shard.counted[start : start + len(ids)].tolist()
-            shown.append({"conversation": number, "tokens": ids, "counted": counted})
+            each = 2 if tokens.holds_pairs else 1  # of a pair, chosen and rejected
+            for conversation in range(number * each, (number + 1) * each):
+                ids, counted = chat_tokens(shard, conversation)
+                shown.append({"conversation": conversation, "tokens": ids, "counted": counted})
     return {"conversations": shown}
 
 

@@ -25,6 +25,8 @@ class MicroBatch(NamedTuple):
     """(B, L) bool, True where a document starts: at the end token of the one before, or at its first token."""
     targets: Tensor
     """(B, L) int64, the next token; IGNORED_TARGET where a position does not count."""
+    references: Tensor | None = None
+    """(B, 2) fp64, of rows that hold a pair of answers: what `TokenShard.references` has of each."""
 
     @property
     def num_targets(self) -> int:
@@ -32,13 +34,18 @@ class MicroBatch(NamedTuple):
         return int((self.targets != IGNORED_TARGET).sum())
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self.inputs))
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What there is of it, in this order: what an objective is called with."""
+        return tuple(tensor for tensor in self if tensor is not None)
 
     def part(self, index: int, num_parts: int) -> MicroBatch:
         """Neighbouring positions of the same rows: part `index` of `num_parts`, as equal as they can be."""
         length = self.tokens.shape[1]
         here = slice(index * length // num_parts, (index + 1) * length // num_parts)
-        return MicroBatch(*(tensor[:, here].contiguous() for tensor in self))
+        return MicroBatch(*(tensor[:, here].contiguous() for tensor in self[:3]), self.references)
 
 
 class Span(NamedTuple):
@@ -116,7 +123,16 @@ def read_rows(contents: Sequence[tuple[TokenShard, Sequence[Span]]], row_tokens:
                 of_targets = shard.counted[span.first + 1 : span.first + span.length + 1]
                 targets[row, here][~of_targets] = IGNORED_TARGET
             place += span.length
-    return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(boundaries), torch.from_numpy(targets))
+    batch = MicroBatch(torch.from_numpy(tokens), torch.from_numpy(boundaries), torch.from_numpy(targets))
+    if contents and all(shard.references is not None for shard, _ in contents):
+        return batch._replace(references=torch.from_numpy(np.stack([_references(*content) for content in contents])))
+    return batch
+
+
+def _references(shard: TokenShard, spans: Sequence[Span]) -> NDArray[np.float64]:
+    """Of the document that each span begins."""
+    assert shard.references is not None
+    return shard.references[np.searchsorted(shard.document_starts, [span.first for span in spans])]
 
 
 def boundaries_of(shard: TokenShard, span: Span) -> NDArray[np.int64]:

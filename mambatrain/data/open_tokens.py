@@ -17,6 +17,7 @@ from mambatrain.data.sources import missing_file
 from mambatrain.data.token_corpus import MANIFEST_NAME, TOKENIZER_NAME, TokenCorpus, open_token_corpus
 from mambatrain.data.token_shards import TokenShard, shard_files
 from mambatrain.errors import UserError, nearest
+from mambatrain.recipe.chat_section import PAIRS
 
 DOCUMENTS_LOOKED_AT = 65_536  # for an end token, spread over the pair
 DIGEST_BLOCKS = 1024  # of a bare pair's tokens, spread over the file: whole corpora take hours to read
@@ -52,6 +53,12 @@ class Tokens:
     def shards(self) -> dict[str, TokenShard]:
         """Name -> shard, in reading order."""
         return {"train": self.train} | ({} if self.held_out is None else {"held_out": self.held_out})
+
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether documents are the chosen and the rejected conversations of preference pairs, in turn."""
+        chats = None if self.corpus is None else self.corpus.manifest.chats
+        return chats is not None and chats.options.format == PAIRS
 
     def text_bytes(self, split: str) -> NDArray[np.int64] | None:
         """`train_bytes` or `held_out_bytes`."""

@@ -171,17 +171,20 @@ def _open_array(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.asarray(values)
 
 
-def is_packing_file(name: str) -> bool:
-    """Whether a file of a token folder is a packing (packing.py), which may always be computed anew.
+def may_be_computed_anew(name: str) -> bool:
+    """Whether a file of a token folder is a packing (packing.py), or what a reference gives to its pairs
+    (training/references.py), or the part of one that a killed process left.
 
     It stands here because `tokenize` asks it, which loads no torch: that would be most of its memory.
     """
-    return ".best_fit-" in name and name.endswith((".npy", ".json"))
+    name = name.removeprefix(".").removesuffix(".partial")
+    is_packing = ".best_fit-" in name and name.endswith((".npy", ".json"))
+    return is_packing or (name.startswith("references-") and name.endswith(".safetensors"))
 
 
 def is_token_folder(folder: Path) -> bool:
     """Whether a folder holds what `tokenize` writes and nothing else, so that it may be replaced."""
     known = {*CHAT_FILES, MANIFEST_NAME}
     return (folder / MANIFEST_NAME).is_file() and all(
-        entry.name in known or is_packing_file(entry.name) for entry in folder.iterdir()
+        entry.name in known or may_be_computed_anew(entry.name) for entry in folder.iterdir()
     )

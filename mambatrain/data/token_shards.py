@@ -64,6 +64,8 @@ class TokenShard:
         ends_marked: whether every document ends in an end token. Where not, a document begins at its first token, and
             nothing stands between it and the one before.
         counted: (num_tokens,) bool, the tokens that are trained on; None: all of them. Whoever opens a shard sets it.
+        references: (num_documents,) fp64, of preference pairs the log-probability in nats that the reference gives to
+            what counts of each; None: not known, or no pairs. Whoever trains on pairs sets it.
         dtype: of the ids on disk.
         num_tokens, num_documents: all of them, end tokens included.
         document_lengths: (num_documents,) int64, tokens of each document.
@@ -80,6 +82,7 @@ class TokenShard:
         self.end_id: int | None = None
         self.ends_marked = True
         self.counted: NDArray[np.bool_] | None = None
+        self.references: NDArray[np.float64] | None = None
         self.file, index = shard_files(self.prefix)
         for file in (self.file, index):
             if not file.is_file():

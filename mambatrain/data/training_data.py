@@ -13,6 +13,7 @@ from mambatrain.data.document_rows import DocumentRows
 from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.open_tokens import Tokens, open_tokens
 from mambatrain.data.packing import open_packing
+from mambatrain.data.pair_rows import PairRows
 from mambatrain.data.token_corpus import verify_token_corpus
 from mambatrain.data.tokenizer import encode_alike
 from mambatrain.data.training_order import AnyWindows, OrderStage, Source, TrainingOrder
@@ -68,6 +69,7 @@ def open_training_data(recipe: Recipe, may_write: bool = True, chats: Path | Non
     measured = open_tokens(recipe.data.held_out, recipe.model.vocab_size) if recipe.data.held_out is not None else None
     for tokens in (*sources.values(), *([] if measured is None else [measured])):
         _refuse_other_vocabulary(tokens, recipe)
+        refuse_pairs_as_text(tokens, recipe)
     _refuse_unlike(list(sources.values()) + ([] if measured is None else [measured]))
     order = build_order(recipe, sources, may_write)
     refuse_too_many_epochs(recipe, order)
@@ -146,6 +148,8 @@ def _lower_weight(recipe: Recipe, source: SourceSection, fraction: float) -> flo
 
 
 def _windows_of(recipe: Recipe, tokens: Tokens, row_tokens: int, may_write: bool) -> AnyWindows:
+    if recipe.preferences is not None:
+        return PairRows(tokens.train, row_tokens)
     if tokens.train.counted is not None:
         refuse_longer_chats(tokens, row_tokens)
     if recipe.trains_state:
@@ -158,6 +162,18 @@ def _windows_of(recipe: Recipe, tokens: Tokens, row_tokens: int, may_write: bool
             "--set data.packing=auto packs conversations and leaves text as it is",
         )
     return open_packing(tokens.train, row_tokens, tokens.digest, may_write)
+
+
+def refuse_pairs_as_text(tokens: Tokens, recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: the tokens are preference pairs, and the recipe does not learn from such.
+    """
+    if tokens.holds_pairs and recipe.preferences is None:
+        raise UserError(
+            f"{tokens.where} holds preference pairs: half of its answers are those that were rejected",
+            "name their files in data.chats.files with data.chats.format: preference, and `preferences`",
+        )
 
 
 def refuse_longer_chats(tokens: Tokens, row_tokens: int) -> None:
@@ -185,7 +201,12 @@ def _held_out_batches(recipe: Recipe, first: Tokens, measured: Tokens | None) ->
     if shard.counted is not None:
         refuse_longer_chats(tokens, recipe.data.longest_row_tokens)
     batches = HeldOutBatches(
-        shard, known, recipe.data.longest_row_tokens, recipe.evaluation.max_tokens, recipe.trains_state
+        shard,
+        known,
+        recipe.data.longest_row_tokens,
+        recipe.evaluation.max_tokens,
+        recipe.trains_state,
+        pairs=recipe.preferences is not None,
     )
     return batches if batches.num_targets else None
 

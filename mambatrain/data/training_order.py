@@ -13,9 +13,10 @@ from mambatrain.data.batches import MicroBatch, Windows, read_rows
 from mambatrain.data.document_rows import DocumentRows
 from mambatrain.data.interleaving import Interleaving
 from mambatrain.data.packing import PackedWindows
+from mambatrain.data.pair_rows import PairRows
 from mambatrain.data.permutation import permute
 
-AnyWindows = Windows | PackedWindows | DocumentRows
+AnyWindows = Windows | PackedWindows | DocumentRows | PairRows
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ def find_held_out_text(
     else:
         named = str(data)
     tokens = open_tokens(data)
+    if tokens.holds_pairs:
+        raise UserError(
+            f"{data} holds preference pairs: half of its answers are those that were rejected",
+            "a run's log has the reward margin of its held-out pairs; --data SHARDS measures the loss on text",
+        )
     length = row_tokens or (ROW_TOKENS if recipe is None else recipe.data.longest_row_tokens)
     most = max_tokens or (MAX_TOKENS if recipe is None else recipe.evaluation.max_tokens)
     shard, known = tokens.held_out, tokens.held_out_bytes

@@ -116,9 +116,12 @@ def read_card_facts(weights: Weights) -> CardFacts:
     measured = [line for line in lines if line["step"] <= progress.step]
     scores: dict[str, float] = {}
     if measured:
+        each = "token" if recipe.preferences is None else "preference pair"
         named = {
             "held-out bits per byte": measured[-1]["held_out_bits_per_byte"],
-            "held-out loss, nats per token": measured[-1]["held_out_loss"],
+            f"held-out loss, nats per {each}": measured[-1]["held_out_loss"],
+            "held-out reward margin": measured[-1].get("held_out_reward_margin"),
+            "held-out share of pairs with a margin above 0": measured[-1].get("held_out_reward_accuracy"),
         }
         scores = {name: score for name, score in named.items() if score is not None}
     return CardFacts(training, data, scores, run.recipe_file.read_text(encoding="utf-8").rstrip())

@@ -17,6 +17,7 @@ from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import Backend
 from mambatrain.ops.cross_entropy import chunked_cross_entropy
 from mambatrain.ops.reference import computing_dtype
+from mambatrain.ops.token_losses import chunked_token_losses
 
 if TYPE_CHECKING:
     from mambatrain.recipe import ModelSection
@@ -130,6 +131,16 @@ class LanguageModel(nn.Module):
         return chunked_cross_entropy(
             hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.backend.softmax_loss
         )
+
+    def token_losses(
+        self, tokens: Tensor, boundaries: Tensor | None, targets: Tensor, state: list[BlockState] | None = None
+    ) -> Tensor:
+        """As `summed_loss`, but of each target by itself: (B, L), 0 where a position does not count."""
+        hidden, _ = self.hidden_states(tokens, boundaries, state)
+        losses = chunked_token_losses(
+            hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.backend.softmax_loss
+        )
+        return losses.view(targets.shape)
 
     def init_state(
         self, batch_size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

@@ -106,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if dhidden is not None and dlogits is not None:
                     dhidden[positions] = (dlogits @ matrix).to(exact)
                 if dweight is not None and dlogits is not None:
-                    _add_product(dweight, dlogits.T, h)
+                    add_product(dweight, dlogits.T, h)
         ctx.save_for_backward(dhidden, dweight)
         return loss.to(exact)
 
@@ -120,7 +120,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in one pass where the dtypes allow it."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)

@@ -13,6 +13,7 @@ from mambatrain.recipe.files import (
     shipped_recipes,
     write_recipe,
 )
+from mambatrain.recipe.preference_section import PreferenceSection
 from mambatrain.recipe.sections import (
     CheckpointSection,
     EvaluationSection,
@@ -34,6 +35,7 @@ __all__ = [
     "GuardsSection",
     "ModelSection",
     "OptimizerSection",
+    "PreferenceSection",
     "Recipe",
     "ScheduleSection",
     "SourceSection",

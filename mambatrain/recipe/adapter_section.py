@@ -10,7 +10,7 @@ from mambatrain.errors import nearest
 from mambatrain.recipe.section import PositiveInt, Section
 
 if TYPE_CHECKING:
-    from mambatrain.recipe.sections import ModelSection
+    from mambatrain.recipe.model_section import ModelSection
 
 _PROJECTIONS = {
     "mamba1": ("in_proj", "x_proj", "dt_proj", "out_proj"),

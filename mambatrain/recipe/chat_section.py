@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from mambatrain.recipe.section import Section
 
 Role = Literal["system", "user", "assistant", "tool"]
-ChatFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
+ChatFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "preference"]
+PAIRS: ChatFormat = "preference"
+"""Two answers to one prompt, `chosen` and `rejected`: two conversations of which one was preferred."""
 
 
 class ChatSection(Section):
@@ -18,9 +20,9 @@ class ChatSection(Section):
     files: Annotated[list[str], Field(min_length=1)]
     """.jsonl, .json, .parquet, .arrow (.gz, .zst), folders of them, patterns, and hf://NAME[:CONFIG][@REVISION][#SPLIT]."""
     format: ChatFormat | Literal["auto"] = "auto"
-    """auto: by the fields that a conversation has, and told before training."""
+    """auto: by the fields that a conversation has, and told. preference: pairs; needs a `preferences` section."""
     prompt_field: str | None = None
-    """Of prompt_completion: the field that holds the prompt; null: prompt or question."""
+    """Of prompt_completion and preference: the field that holds the prompt; null: prompt or question."""
     completion_field: str | None = None
     """Of prompt_completion: the field that holds the completion; null: completion, response or answer."""
     template: str = "auto"
@@ -44,9 +46,12 @@ class ChatSection(Section):
 
     @model_validator(mode="after")
     def check_fields(self) -> Self:
-        for name in ("prompt_field", "completion_field"):
-            if getattr(self, name) is not None and self.format not in ("auto", "prompt_completion"):
-                raise ValueError(f"{name} belongs to format prompt_completion; remove it")
+        for name, formats in (
+            ("prompt_field", ("prompt_completion", PAIRS)),
+            ("completion_field", ("prompt_completion",)),
+        ):
+            if getattr(self, name) is not None and self.format not in ("auto", *formats):
+                raise ValueError(f"{name} belongs to format {' and '.join(formats)}; remove it")
         for values, name in ((self.new_tokens, "new_tokens"), (self.count, "count")):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names one twice")

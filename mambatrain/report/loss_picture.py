@@ -35,7 +35,7 @@ def draw_loss(lines: Sequence[dict[str, Any]], picture: Path, title: str) -> boo
     tokens = np.array([line["tokens_seen"] for line in steps])
     loss = np.array([line["loss"] for line in steps], dtype=np.float64)
     above.plot(tokens, loss, color="#b8c4d6", linewidth=0.8, label="training, each step")
-    above.plot(tokens, _smooth(loss), color="#1f4e9c", linewidth=1.8, label="training, smoothed")
+    above.plot(tokens, smooth(loss), color="#1f4e9c", linewidth=1.8, label="training, smoothed")
     if held_out:
         above.plot(
             [line["tokens_seen"] for line in held_out],
@@ -71,7 +71,7 @@ def _last_held_out(line: dict[str, Any]) -> str:
     return "not finite"
 
 
-def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Centred running mean over about 2% of the run, shortened at its ends."""
     half = max(1, len(values) // 100)
     sums = np.concatenate([[0.0], np.cumsum(values)])

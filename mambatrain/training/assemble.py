@@ -14,6 +14,7 @@ from mambatrain.adapters.attach import describe_adapter, frozen_digest
 from mambatrain.chats.open_chats import open_chats
 from mambatrain.data.document_rows import DocumentRows
 from mambatrain.data.packing import PackedWindows
+from mambatrain.data.pair_rows import PairRows
 from mambatrain.data.tokenizer import tokens_behind
 from mambatrain.data.training_data import TrainingData, open_training_data
 from mambatrain.devices import (
@@ -41,6 +42,7 @@ from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, pri
 from mambatrain.training.name_patterns import freeze_parameters, rates_of
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
 from mambatrain.training.rank_watch import RankWatch, wait_without_end
+from mambatrain.training.references import give_references
 from mambatrain.training.resolve import Resolved, resolve
 from mambatrain.training.sequence import RowShare, join_neighbours, refuse_with_sequence, share_of_rank
 from mambatrain.training.sharding import num_shards, refuse_with_shards
@@ -131,6 +133,8 @@ def assemble(
         watch: over this run's ranks.
     """
     accelerator, resolved, data = parts.accelerator, parts.resolved, parts.data
+    if recipe.preferences is not None:
+        give_references(recipe, parts, folder, where.quiet)
     objective, trained = build_objective(
         recipe,
         parts.backend,
@@ -257,7 +261,9 @@ def describe_data(recipe: Recipe, data: TrainingData) -> list[str]:
             if isinstance(source.windows, DocumentRows):
                 rows = source.windows
                 lines.append(f"{source.name}: {rows.num_windows:,} documents, {rows.num_cut:,} of them cut to a row")
-    if data.held_out is None:
+    if data.held_out is not None and isinstance(data.held_out.windows, PairRows):
+        lines[0] += f", a pair in each, {data.held_out.windows.num_windows:,} pairs held out"
+    elif data.held_out is None:
         lines[0] += ", nothing held out"
     else:
         lines[0] += f", {data.held_out.num_targets:,} tokens held out"

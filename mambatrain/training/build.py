@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mambatrain.adapters.attach import attach_adapter
+from mambatrain.adapters.initial_state import InitialState
 from mambatrain.adapters.trained import TrainedTensors, whole_model
 from mambatrain.devices import Precision
 from mambatrain.errors import UserError
@@ -14,6 +15,7 @@ from mambatrain.ops.backends import Backend
 from mambatrain.recipe import Recipe
 from mambatrain.runs.weights import Weights
 from mambatrain.training.objective import NextTokenLoss
+from mambatrain.training.preference_loss import PreferenceLoss
 from mambatrain.training.sharding import fill, shard_model
 
 
@@ -25,7 +27,7 @@ def build_objective(
     weights: Weights | None,
     shards: int,
     begins: bool,
-) -> tuple[NextTokenLoss, TrainedTensors]:
+) -> tuple[NextTokenLoss | PreferenceLoss, TrainedTensors]:
     """What a micro-batch is trained on, and the tensors that the optimizer moves.
 
     A run that trains an adapter takes the model from its weights at each start: checkpoints hold the adapter alone.
@@ -40,11 +42,19 @@ def build_objective(
     if recipe.adapter is None:
         if begins:
             fill_parameters(model, recipe, weights)
-        return NextTokenLoss(model), whole_model(model)
+        return _objective_of(recipe, model), whole_model(model)
     assert weights is not None, "an adapter stands on weights"
     fill_parameters(model, recipe, weights)
     trained, start = attach_adapter(model, recipe.adapter)
-    return NextTokenLoss(model, start), trained
+    return _objective_of(recipe, model, start), trained
+
+
+def _objective_of(
+    recipe: Recipe, model: LanguageModel, start: InitialState | None = None
+) -> NextTokenLoss | PreferenceLoss:
+    if recipe.preferences is not None:
+        return PreferenceLoss(model, recipe.preferences)
+    return NextTokenLoss(model, start)
 
 
 def build_model(

@@ -14,8 +14,8 @@ from mambatrain.training.training_run import Draw, TrainingRun, sum_over_ranks
 def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
     """Forward and backward over this rank's micro-batches; gradients are summed over ranks and clipped.
 
-    The loss is summed over the whole step and divided once by the global number of counted targets, so that it does
-    not depend on how the rows were split into ranks and micro-batches.
+    The loss is summed over the whole step and divided once by the global number of counted targets (of pairs), so
+    that it does not depend on how the rows were split into ranks and micro-batches.
     """
     accelerator, device = run.accelerator, run.accelerator.device
     started = time.perf_counter()
@@ -24,26 +24,28 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
     rows = run.order.micro_batches(run.progress.draw, run.micro_batch_rows, share.group, share.num_groups)
     micro_batches = [micro_batch.part(share.part, share.num_parts) for micro_batch in rows]
     data_seconds = time.perf_counter() - started
-    own_targets = sum(micro_batch.num_targets for micro_batch in micro_batches)
-    num_targets = int(sum_over_ranks(run, torch.tensor([own_targets], dtype=torch.float64), "the targets")[0])
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    own = [[batch.num_targets, run.objective.num_summands(batch)] for batch in micro_batches]
+    counts = sum_over_ranks(run, torch.tensor(own, dtype=torch.float64).sum(dim=0), "the targets")
+    num_targets, num_summands = map(int, counts.tolist())
+    sums = torch.zeros(1 + len(run.objective.curves), dtype=torch.float64, device=device)
     for index, micro_batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         run.watch.at("computing gradients", run.progress.draw)
         sum_gradients_in_next_backward(run.prepared, run.objective.model, wanted=is_last)
         with accelerator.autocast():
-            loss = run.prepared(*micro_batch.to(device))
+            summed = run.prepared(*micro_batch.to(device).inputs).reshape(-1)  # the loss, and the curves
         # Ranks' gradients are averaged; we want the sum, hence the factor.
-        (loss * (accelerator.num_processes / max(num_targets, 1))).backward()
-        loss_sum += loss.detach()
+        (summed[0] * (accelerator.num_processes / max(num_summands, 1))).backward()
+        sums += summed.detach()
     gradient_norm = clip_gradients(run.prepared.parameters(), run.recipe.training.clip_norm)
     ends = stop.asked or run.background.has_failed
     # One reduction for all that the ranks must agree on.
-    total, norm, asked = sum_over_ranks(
-        run, torch.tensor([loss_sum.item(), gradient_norm, float(ends)], dtype=torch.float64), "the loss"
+    norm, asked, total, *curves = sum_over_ranks(
+        run, torch.tensor([gradient_norm, float(ends), *sums.tolist()], dtype=torch.float64), "the loss"
     ).tolist()
     return Draw(
-        loss=total / max(num_targets, 1),
+        loss=total / max(num_summands, 1),
+        curves={name: curve / max(num_summands, 1) for name, curve in zip(run.objective.curves, curves, strict=True)},
         gradient_norm=norm / accelerator.num_processes,
         num_targets=num_targets,
         data_seconds=data_seconds,

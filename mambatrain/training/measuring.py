@@ -9,6 +9,7 @@ import torch
 
 from mambatrain.data.batches import MicroBatch
 from mambatrain.evaluation.held_out import HeldOutLoss, measure_held_out
+from mambatrain.training.preference_loss import PreferenceLoss
 from mambatrain.training.schedule_free import evaluated_weights
 from mambatrain.training.sharding import is_sharded, reshard
 from mambatrain.training.step_log import finite_or_none
@@ -30,15 +31,19 @@ def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
         if not is_sharded(run.objective.model) and share.num_parts == 1:
             rows = takewhile(lambda batch: not stop.asked, rows)
         batches = (_noted(run, batch.part(share.part, share.num_parts)).to(accelerator.device) for batch in rows)
-        own = measure_held_out(run.objective.model, batches, None, run.objective.first_state())
+        if isinstance(run.objective, PreferenceLoss):
+            own = run.objective.measure(batches)
+        else:
+            found = measure_held_out(run.objective.model, batches, None, run.objective.first_state())
+            own = [found.nats, found.num_targets]
         reshard(run.objective.model)
-    nats, num_targets, asked = sum_over_ranks(
-        run, torch.tensor([own.nats, own.num_targets, float(stop.asked)], dtype=torch.float64), "the held-out loss"
+    total, *curves, num_summands, asked = sum_over_ranks(
+        run, torch.tensor([*own, float(stop.asked)], dtype=torch.float64), "the held-out loss"
     ).tolist()
     progress.held_out_pending = asked > 0
     if progress.held_out_pending:
         return False
-    loss = HeldOutLoss(nats, int(num_targets), run.held_out.num_bytes)
+    loss = HeldOutLoss(total, int(num_summands), run.held_out.num_bytes)
     run.progress.log_lines += 1
     run.reporter.write_held_out(
         {
@@ -48,7 +53,11 @@ def evaluate_held_out(run: TrainingRun, stop: StopRequest) -> bool:
             "tokens_seen": progress.tokens_seen,
             "held_out_loss": finite_or_none(loss.nats_per_token),
             "held_out_bits_per_byte": None if loss.bits_per_byte is None else finite_or_none(loss.bits_per_byte),
-            "held_out_tokens": loss.num_targets,
+            "held_out_tokens": run.held_out.num_targets,
+            **{
+                f"held_out_{name}": finite_or_none(curve / num_summands)
+                for name, curve in zip(run.objective.curves, curves, strict=True)
+            },
         }
     )
     best = progress.best_held_out_loss

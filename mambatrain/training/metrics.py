@@ -41,8 +41,11 @@ class LiveLine:
         self._task = self._progress.add_task("starting", total=total_steps, completed=first_step)
         self._progress.start()
 
-    def show_step(self, step: int, loss: float | None, tokens_per_second: float, memory_bytes: int) -> None:
+    def show_step(
+        self, step: int, loss: float | None, tokens_per_second: float, memory_bytes: int, margin: float | None = None
+    ) -> None:
         shown = "skipped" if loss is None else f"loss {loss:.4f}"
+        shown += "" if margin is None else f"  margin {margin:.3f}"
         text = f"{shown}  {self._held_out}{tokens_per_second:,.0f} tokens/s  {memory_bytes / 2**30:.1f} GiB"
         self._progress.update(self._task, completed=step, description=text)
         now = time.monotonic()
@@ -60,6 +63,13 @@ class LiveLine:
         short = f"{nats_per_token:.3f} nats/token" if bits_per_byte is None else f"{bits_per_byte:.3f} bits/byte"
         self._held_out = f"held out {short}  "
         self.say(f"step {step:,}: held out {nats_per_token:.4f} nats/token{per_byte}")
+
+    def show_preferences(self, step: int, loss: float | None, margin: float | None, accuracy: float | None) -> None:
+        if loss is None or margin is None or accuracy is None:
+            self.say(f"step {step:,}: the held-out loss is not finite")
+            return
+        self._held_out = f"held out margin {margin:.3f}  "
+        self.say(f"step {step:,}: held out loss {loss:.4f}, reward margin {margin:.4f}, accuracy {accuracy:.1%}")
 
     def say(self, text: str) -> None:
         if not self._quiet:
@@ -112,11 +122,21 @@ class RunReporter:
         """A JSON line of an applied or skipped draw."""
         self._write(line)
         if line["step"] % steps_shown == 0:
-            self._live.show_step(line["step"], line["loss"], line["tokens_per_second"], line["memory_bytes"])
+            self._live.show_step(
+                line["step"],
+                line["loss"],
+                line["tokens_per_second"],
+                line["memory_bytes"],
+                line.get("reward_margin"),
+            )
 
     def write_held_out(self, line: dict[str, Any]) -> None:
         """A JSON line of a held-out evaluation."""
         self._write(line)
+        if "held_out_reward_margin" in line:
+            values = [line[f"held_out_{name}"] for name in ("loss", "reward_margin", "reward_accuracy")]
+            self._live.show_preferences(line["step"], *values)
+            return
         self._live.show_held_out(line["step"], line["held_out_bits_per_byte"], line["held_out_loss"])
 
     def write_event(self, line: dict[str, Any]) -> None:

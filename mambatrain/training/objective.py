@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from mambatrain.adapters.initial_state import InitialState, begin_rows
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.state import BlockState
 
+if TYPE_CHECKING:
+    from mambatrain.data.batches import MicroBatch
+
 
 class NextTokenLoss(nn.Module):
     """Summed next-token loss; dividing by the step's global number of counted targets is the loop's."""
+
+    curves: tuple[str, ...] = ()
+    """What is logged beside the loss."""
 
     def __init__(self, model: LanguageModel, start: InitialState | None = None) -> None:
         super().__init__()
         self.model = model
         self.start = start
         """The trained state that every row begins with; None: an empty one."""
+
+    def num_summands(self, micro_batch: MicroBatch) -> int:
+        """Counted targets: what the summed loss is divided by."""
+        return micro_batch.num_targets
 
     def first_state(self) -> list[BlockState] | None:
         """What every row begins with, B = 1; None: an empty one, where the boundaries say so."""

@@ -68,6 +68,8 @@ def refuse_with_sequence(recipe: Recipe, num_parts: int, shards: int, kernels: s
             f"--sequence {num_parts} does not go with --kernels mamba-ssm, whose scan of Mamba-1 takes no state",
             "take --kernels native or torch",
         )
+    if recipe.preferences is not None:
+        raise UserError(f"--sequence {num_parts} does not go with preferences: a row holds two answers", "leave it out")
     shortest = min(stage.row_tokens for stage in recipe.stages)
     if shortest < num_parts:
         raise UserError(

@@ -56,6 +56,7 @@ def refuse_with_shards(recipe: Recipe, asked: str) -> None:
         "guards.health_every_steps": recipe.guards.health_every_steps is not None,
         "adapter": recipe.adapter is not None,
         "parameters.frozen": bool(recipe.parameters.frozen),
+        "preferences": recipe.preferences is not None,
     }
     if named := [setting for setting, is_set in refused.items() if is_set]:
         raise UserError(f"--shard {asked} does not go with {', '.join(named)}", "leave one of them out")

@@ -11,6 +11,7 @@ from mambatrain.files import explaining_full_disk, write_text_whole
 from mambatrain.launch import EXIT_STOPPED, rank_of_process
 from mambatrain.recipe import Recipe, differing_settings, read_recipe, write_recipe
 from mambatrain.report.loss_picture import draw_loss
+from mambatrain.report.preference_picture import draw_preferences
 from mambatrain.runs.branch import begin_branch, refuse_branch, refuse_other_branch, run_of
 from mambatrain.runs.checkpoint import (
     checkpoint_to_resume,
@@ -75,11 +76,8 @@ def run_training(
         accelerator, resolved = start_processes(recipe, origin, where, fresh=begins)
         ranks = accelerator.process_index, accelerator.num_processes
         watch = entered.enter_context(watching_ranks(*ranks, where.rank_timeout))
-        if recipe.adapter is not None and weights is None:
-            raise UserError(
-                "the recipe trains an adapter, which needs weights to stand on",
-                "mambatrain finetune RECIPE --from WEIGHTS",
-            )
+        if weights is None:
+            refuse_without_weights(recipe)
         # All that can be refused is, before a file of the run is written: a typo must not leave a run behind.
         parts = choose_parts(recipe, folder, origin, where, accelerator, resolved, weights)
         if is_main:
@@ -117,6 +115,20 @@ def run_training(
             _conclude(recipe, folder, stopped)
         accelerator.wait_for_everyone()
     return EXIT_STOPPED if stopped else 0
+
+
+def refuse_without_weights(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: the recipe trains something that needs weights.
+    """
+    needs = {
+        "trains an adapter, which needs weights to stand on": recipe.adapter is not None,
+        "learns from preferences, which needs weights for its reference": recipe.preferences is not None,
+    }
+    for what, is_so in needs.items():
+        if is_so:
+            raise UserError(f"the recipe {what}", "mambatrain finetune RECIPE --from WEIGHTS")
 
 
 def _find_start(
@@ -196,7 +208,8 @@ def _conclude(recipe: Recipe, folder: RunFolder, stopped: bool) -> None:
     if stopped:
         write_text_whole(folder.stopped_marker, "asked to stop; the same command continues\n")
     try:
-        if draw_loss(read_log(folder.log_file), folder.loss_picture, f"{folder.path.name}: {recipe.model.block}"):
+        draw = draw_loss if recipe.preferences is None else draw_preferences
+        if draw(read_log(folder.log_file), folder.loss_picture, f"{folder.path.name}: {recipe.model.block}"):
             print_fact("picture", str(folder.loss_picture))
     except (OSError, ImportError) as error:  # the weights are safe: a picture is no reason to fail
         print_fact("warning", f"{folder.loss_picture} was not drawn: {error}")

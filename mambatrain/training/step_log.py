@@ -33,6 +33,8 @@ def write_draw(
         "data_seconds": draw.data_seconds,
         "memory_bytes": peak_memory_bytes(run.accelerator.device),
     }
+    if fault is None:
+        line |= draw.curves
     if len(run.order.names) > 1:
         line["source_epochs"] = run.order.drawn_until(progress.draw)
         line["source_rows"] = run.order.rows_by_source(progress.draw - 1)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mambatrain.runs.folder import RunFolder
     from mambatrain.training.metrics import RunReporter
     from mambatrain.training.objective import NextTokenLoss
+    from mambatrain.training.preference_loss import PreferenceLoss
     from mambatrain.training.rank_watch import RankWatch
 
 
@@ -33,7 +34,7 @@ class TrainingRun:
     recipe: Recipe
     folder: RunFolder
     accelerator: Accelerator
-    objective: NextTokenLoss
+    objective: NextTokenLoss | PreferenceLoss
     """The module itself; its parameters are those of the model, and of an adapter where there is one."""
     prepared: torch.nn.Module
     """The objective as Accelerate wrapped it: autocast, and DDP where there are several processes."""
@@ -63,7 +64,9 @@ class Draw:
     """What one draw came to, over all ranks."""
 
     loss: float
-    """Nats per counted target."""
+    """Nats per counted target, or per pair."""
+    curves: dict[str, float]
+    """What the objective tells beside the loss, means over the same."""
     gradient_norm: float
     """Before clipping."""
     num_targets: int

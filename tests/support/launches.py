@@ -56,7 +56,7 @@ def launch(world_size: int, cases: list[dict[str, Any]], folder: Path) -> None:
 
 
 def write_case(file: Path, shards: Path, changes: dict[str, Any]) -> Path:
-    """A recipe of a tiny model, with changes by `section__field`; {shards}, {chats}: where tokens and conversations lie."""
+    """A recipe of a tiny model, with changes by `section__field`; {shards} and {chats} stand for paths."""
     import yaml
 
     content: dict[str, Any] = {

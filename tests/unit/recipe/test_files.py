@@ -183,7 +183,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 def test_a_recipe_comes_back_from_its_own_text(name: str, tmp_path: Path) -> None:
     has_model = "\nmodel:" in shipped_recipes()[name].read_text(encoding="utf-8")
     model = None if has_model else ModelSection(d_model=8, num_layers=1, vocab_size=16)
-    odd = ["data.chats.files=['3e4']"] if name == "chat" else ["data.shards='3e4'"]
+    odd = ["data.chats.files=['3e4']"] if name in ("chat", "dpo") else ["data.shards='3e4'"]
     recipe = read_recipe(name, odd, model)
     for text in (write_recipe(recipe), annotate_recipe(recipe)):
         path = tmp_path / "again.yaml"
