@@ -101,9 +101,14 @@ class PairFields:
 
 
 def _read_side(value: Any, side: str) -> Turns:
-    if isinstance(value, str) and not isinstance(unpacked(value), list):
-        return [{"role": "assistant", "content": text_in(value, side)}], [None]
-    return read_turns(value, side, "role", "content", _KNOWN_ROLES)
+    if isinstance(value, str):
+        packed = unpacked(value)
+        if not (isinstance(packed, list) and packed and isinstance(unpacked(packed[0]), dict)):
+            return [{"role": "assistant", "content": text_in(value, side)}], [None]
+    turns = read_turns(value, side, "role", "content", _KNOWN_ROLES)
+    if all(message["role"] != "assistant" for message in turns[0]):
+        raise BadChatError(f"has no turn of the assistant in `{side}`")
+    return turns
 
 
 def _read_prompt(row: Mapping[str, Any], name: str) -> Turns:
