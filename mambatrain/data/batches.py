@@ -45,7 +45,8 @@ class MicroBatch(NamedTuple):
         """Neighbouring positions of the same rows: part `index` of `num_parts`, as equal as they can be."""
         length = self.tokens.shape[1]
         here = slice(index * length // num_parts, (index + 1) * length // num_parts)
-        return MicroBatch(*(tensor[:, here].contiguous() for tensor in self[:3]), self.references)
+        tokens, boundaries, targets = (tensor[:, here].contiguous() for tensor in self[:3])
+        return MicroBatch(tokens, boundaries, targets, self.references)
 
 
 class Span(NamedTuple):

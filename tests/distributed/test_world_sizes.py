@@ -1,5 +1,6 @@
 """1, 2 and 4 processes: the same order, the same losses, and a run that moves between them."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,21 @@ CASES["mixture-fp64"] = {
         }
     ],
 }
+# Pairs, each a row; their reference is what 2 processes made of the first case.
+CASES["preferences-fp64"] = {
+    "training__precision": "fp64",
+    "training__rows_per_step": 8,
+    "training__micro_batch_rows": 1,
+    "model": None,
+    "data": {"chats": {"files": ["{pairs}"], "format": "preference", "held_out": 0.3}, "row_tokens": 80},
+    "preferences": {"beta": 0.5},
+}
 MOVED = "mixture-fp64"
+PAIRS = [
+    {"prompt": f"{a} {b}?", "chosen": f"yes, {b}", "rejected": f"no, {a} " * n}
+    for n, a in enumerate(("one", "two", "three"), 1)
+    for b in ("four", "five", "six", "seven")
+]
 RESUMED = "short-fp32"
 
 
@@ -56,12 +71,16 @@ RESUMED = "short-fp32"
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     """RUNS/WORLD_SIZE/CASE of every case, and RUNS/WORLD_SIZE/moved resumed from step 4 of 2 processes."""
     folder = tmp_path_factory.mktemp("worlds")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     recipes = {name: write_case(folder / f"{name}.yaml", tiny_shards, changes) for name, changes in CASES.items()}
+    file = recipes["preferences-fp64"]
+    file.write_text(file.read_text().replace("{pairs}", str(folder / "pairs.jsonl")))
     for world_size in WORLD_SIZES:
         cases = [
             {"recipe": str(recipes[name]), "run": str(folder / str(world_size) / name), "resume": "fresh"}
             for name in CASES
         ]
+        next(case for case in cases if "preferences" in case["recipe"])["weights"] = str(folder / "2" / "mamba1-fp64")
         if world_size != 2:
             moved = folder / str(world_size) / "moved"
             shutil.copytree(folder / "2" / MOVED, moved)
@@ -126,3 +145,14 @@ def test_4_processes_resumed_equal_4_that_never_stopped_to_the_bit(runs: Path) -
 
 def test_activation_checkpointing_changes_nothing(runs: Path) -> None:
     assert losses(runs / "1" / "recomputed-fp64") == losses(runs / "1" / "short-fp64")
+
+
+def test_preferences_have_the_same_curves_in_any_number_of_processes(runs: Path) -> None:
+    logs = [read_log(runs / str(world_size) / "preferences-fp64" / "log.jsonl") for world_size in WORLD_SIZES]
+    for lines in zip(*logs, strict=True):
+        names = [name for name in lines[0] if "reward" in name]
+        assert len(names) == 4
+        for name in names:
+            assert [line[name] for line in lines[1:]] == pytest.approx([lines[0][name]] * 2, rel=1e-9, abs=1e-12), name
+    assert logs[0][0]["held_out_reward_margin"] == pytest.approx(0.0, abs=1e-12)
+    assert logs[0][-1]["held_out_reward_margin"] > 0.01

@@ -1,4 +1,4 @@
-"""One process of a launch: runs every case of a JSON file `[{recipe, run, resume, shard, sequence}]` one after another.
+"""One process of a launch: runs cases `[{recipe, run, resume, shard, sequence, weights}]` of a JSON file in turn.
 
 Starting processes is what costs time, so a launch of one world size runs all cases.
 """
@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from mambatrain.devices import end_processes
 from mambatrain.recipe import read_recipe
 from mambatrain.runs.checkpoint import list_checkpoints
+from mambatrain.runs.weights import read_weights
 from mambatrain.training.assemble import Where
 from mambatrain.training.start import run_training
 from mambatrain.training.stop import StopRequest
@@ -31,7 +32,9 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
     AcceleratorState._reset_state()  # precisions differ from case to case
-    assert run_training(read_recipe(case["recipe"]), Path(case["run"]), where, case["resume"], StopRequest()) == 0
+    weights = read_weights(case["weights"]) if "weights" in case else None
+    recipe = read_recipe(case["recipe"], model=None if weights is None else weights.section)
+    assert run_training(recipe, Path(case["run"]), where, case["resume"], StopRequest(), weights) == 0
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     assert world == int(os.environ["EXPECTED_WORLD_SIZE"]), f"{world} processes joined"
 end_processes()

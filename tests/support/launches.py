@@ -39,7 +39,7 @@ PROMISED: dict[str, dict[str, Any]] = {
 
 
 def launch(world_size: int, cases: list[dict[str, Any]], folder: Path) -> None:
-    """Runs cases `{recipe, run, resume, shard, sequence}` one after another in so many processes."""
+    """Runs cases `{recipe, run, resume, shard, sequence, weights}` one after another in so many processes."""
     file = folder / f"cases-{world_size}.json"
     file.write_text(json.dumps(cases))
     worker = Path(__file__).parents[1] / "distributed" / "worker.py"
@@ -76,7 +76,8 @@ def write_case(file: Path, shards: Path, changes: dict[str, Any]) -> Path:
     chats = file.with_name("chats.jsonl")
     if not chats.exists():
         chats.write_text("".join(json.dumps(chat) + "\n" for chat in _chats()))
-    file.write_text(yaml.safe_dump(content).replace("{shards}", str(shards)).replace("{chats}", str(chats)))
+    present = {section: settings for section, settings in content.items() if settings is not None}
+    file.write_text(yaml.safe_dump(present).replace("{shards}", str(shards)).replace("{chats}", str(chats)))
     return file
 
 
