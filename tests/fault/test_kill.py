@@ -125,6 +125,30 @@ def test_kills_change_nothing_of_a_run_on_conversations(write_tiny_recipe: Calla
     assert kept[0] == kept[1] and "train.counted.npy" in kept[0]
 
 
+def test_kills_change_nothing_of_learning_from_preferences(
+    write_tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Lives that end in the pass of the reference, too: nothing of it is kept, and the next one makes it."""
+    base = read_recipe(str(write_tiny_recipe(training__total_steps=2)))
+    run_training(base, tmp_path / "base", Where("cpu", "auto", quiet=True), "if-possible", StopRequest())
+    pairs = [{"prompt": f"say {n}", "chosen": f"yes, {n}", "rejected": f"no, not {n}"} for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    chats = {"files": [str(tmp_path / "pairs.jsonl")], "format": "preference", "held_out": 0.1}
+    recipe = write_tiny_recipe(
+        model=None,
+        data={"chats": chats, "row_tokens": 80},
+        preferences={},
+        training__total_steps=30,
+        training__micro_batch_rows=2,
+        checkpoint__every_steps=2,
+        evaluation__every_steps=7,
+    )
+    run_lives(recipe, tmp_path / "undisturbed", 0, 0, "auto", tmp_path / "base")
+    lives = run_lives(recipe, tmp_path / "killed", 4, 6, "auto", tmp_path / "base")
+    assert {life["signal"] for life in lives[:-1]} == {9}
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+
+
 def test_a_life_that_ended_between_a_save_and_its_pruning_leaves_nothing_for_good(
     monkeypatch: pytest.MonkeyPatch, write_tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
