@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp64"]
+T = TypeVar("T")
 
 # Dense bf16 (fp16 on older parts) peak without sparsity, in FLOP/s, from the makers' data sheets.
 _GPU_PEAK_FLOPS = {
@@ -172,6 +173,16 @@ def explaining_absent_ranks(seconds: float) -> Iterator[None]:
             f"come: {str(error).splitlines()[0]}",
             "look at what the others say; where they take that long by right, give a larger --rank-timeout",
         ) from None
+
+
+def from_main_process(value: T) -> T:
+    """What rank 0 has, on every rank."""
+    if num_processes_expected() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    broadcast: list[T] = broadcast_object_list([value])
+    return broadcast[0]
 
 
 def end_processes() -> None:

@@ -18,11 +18,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from mambatrain.errors import UserError
 
@@ -35,6 +36,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._ranks_lock = path / ".lock-ranks"
         self.recipe_file = path / "recipe.yaml"
         self.facts_file = path / "run.json"
         self.tokenizer_file = path / "tokenizer.json"
@@ -54,10 +56,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for this process; the lock dies with it, however it dies.
+        """Holds the folder for a launch, by its rank 0; the lock dies with that, however it dies.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another launch holds it, or ranks of one are left whose rank 0 is gone.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -68,16 +70,32 @@ class RunFolder:
             ) from None
         with (self.path / ".lock").open("a+") as lock:
             if not _lock_within(lock, fcntl.LOCK_EX, SECONDS_OF_A_GLANCE):
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
-                raise UserError(
-                    f"{self.path} is in use by another process (pid {holder})",
-                    "wait for it, stop it, or give another --run folder",
-                )
+                self._refuse(lock)
+            if self._ranks_lock.exists():
+                with self._ranks_lock.open("a+") as ranks:
+                    if not _lock_within(ranks, fcntl.LOCK_EX, SECONDS_OF_A_GLANCE):
+                        self._refuse(ranks)
+                    ranks.truncate(0)
             lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+            _sign(lock)
             yield
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Holds the folder by one of the other ranks, once all have met: it may outlive rank 0 and still write."""
+        with self._ranks_lock.open("a+") as lock:
+            if not _lock_within(lock, fcntl.LOCK_SH, SECONDS_OF_A_GLANCE):
+                self._refuse(lock)
+            _sign(lock)
+            yield
+
+    def _refuse(self, lock: IO[str]) -> NoReturn:
+        lock.seek(0)
+        holders = ", ".join(lock.read().split("\n")[:-1]) or "unknown"
+        raise UserError(
+            f"{self.path} is in use by another process ({holders})",
+            "wait for it, stop it, or give another --run folder",
+        )
 
     def is_running(self) -> bool:
         """Whether a process holds the folder now."""
@@ -86,6 +104,11 @@ class RunFolder:
                 return not _lock_within(lock, fcntl.LOCK_SH, 0.0)
         except OSError:  # no lock file, or one of another user's
             return False
+
+
+def _sign(lock: IO[str]) -> None:
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
 
 
 def _lock_within(lock: IO[str], kind: int, seconds: float) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from mambatrain.devices import from_main_process
 from mambatrain.errors import UserError
 from mambatrain.files import explaining_full_disk, write_text_whole
 from mambatrain.launch import EXIT_STOPPED, rank_of_process
@@ -26,12 +28,15 @@ from mambatrain.training.assemble import Where, assemble, choose_parts, start_pr
 from mambatrain.training.loop import train
 from mambatrain.training.lost_ranks import explaining_lost_ranks
 from mambatrain.training.metrics import print_fact
-from mambatrain.training.rank_watch import watching_ranks
-from mambatrain.training.resolve import read_facts, refuse_changed_origin
+from mambatrain.training.rank_watch import RankWatch, watching_ranks
+from mambatrain.training.resolve import Resolved, read_facts, refuse_changed_origin
 from mambatrain.training.results import refuse_moved_base, write_adapter
 from mambatrain.training.show_chats import show_chats
 from mambatrain.training.stop import StopRequest
 from mambatrain.training.vocabulary import fit_vocabulary
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Resume = Literal["if-possible", "required", "fresh"]
 
@@ -73,9 +78,9 @@ def run_training(
         checkpoint, branching = _find_start(recipe, folder, resume, branch_from, damaged)
         origin = folder if branching is None else run_of(branching)
         begins = checkpoint is None and branching is None
-        accelerator, resolved = start_processes(recipe, origin, where, fresh=begins)
-        ranks = accelerator.process_index, accelerator.num_processes
-        watch = entered.enter_context(watching_ranks(*ranks, where.rank_timeout))
+        accelerator, resolved, watch = entered.enter_context(_joined_processes(recipe, folder, origin, where, begins))
+        # A shared file system may show another machine an older state of the folder.
+        checkpoint, branching = from_main_process((checkpoint, branching))
         if weights is None:
             refuse_without_weights(recipe)
         # All that can be refused is, before a file of the run is written: a typo must not leave a run behind.
@@ -129,6 +134,19 @@ def refuse_without_weights(recipe: Recipe) -> None:
     for what, is_so in needs.items():
         if is_so:
             raise UserError(f"the recipe {what}", "mambatrain finetune RECIPE --from WEIGHTS")
+
+
+@contextmanager
+def _joined_processes(
+    recipe: Recipe, folder: RunFolder, origin: RunFolder, where: Where, begins: bool
+) -> Iterator[tuple[Accelerator, Resolved, RankWatch]]:
+    """All processes of the run together; each holds the folder, and watches the others."""
+    accelerator, resolved = start_processes(recipe, origin, where, fresh=begins)
+    with (
+        watching_ranks(accelerator.process_index, accelerator.num_processes, where.rank_timeout) as watch,
+        nullcontext() if accelerator.is_main_process else folder.shared(),
+    ):
+        yield accelerator, resolved, watch
 
 
 def _find_start(

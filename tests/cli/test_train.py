@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -154,7 +155,7 @@ def test_a_folder_in_use_is_refused(run_mambatrain: Run, write_tiny_recipe: Writ
         wait_for_step(run, 1)
         second = run_mambatrain("pretrain", recipe, "--run", run)
         assert second.returncode == 1
-        assert f"in use by another process (pid {first.pid})" in second.stderr
+        assert f"in use by another process (pid {first.pid} on {socket.gethostname()})" in second.stderr
     finally:
         first.kill()
         first.communicate()
