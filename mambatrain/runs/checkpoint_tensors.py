@@ -87,13 +87,14 @@ def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
     A function of names, shapes and ranks: nothing is agreed on, and a run that is resumed divides them as before.
 
     Args:
-        tensors: in the same order on all ranks; sharded (DTensor) or the same on all of them.
+        tensors: the same names on all ranks; sharded (DTensor) or the same on all of them.
     """
     from torch.distributed import get_rank, get_world_size
     from torch.distributed.tensor import DTensor
 
     parts = {}
-    for index, (name, tensor) in enumerate(tensors.items()):
+    # By name: a resumed optimizer has its tensors in another order than one that was never stopped.
+    for index, (name, tensor) in enumerate(sorted(tensors.items())):
         if not isinstance(tensor, DTensor):
             if index % get_world_size() == get_rank():
                 parts[name] = Part(tensor.detach(), (0,) * tensor.ndim)

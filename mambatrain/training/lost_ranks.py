@@ -43,6 +43,8 @@ def explaining_lost_ranks(stop: StopRequest) -> Iterator[None]:
         os._exit(EXIT_OTHERS_FAILED)  # threads of the process group would wait for the one that is gone
 
 
-def is_lost_connection(error: RuntimeError) -> bool:
+def is_lost_connection(error: Exception) -> bool:
     """Whether an error says that another rank is gone, in the words of gloo or of NCCL's own class of errors."""
-    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _LOST_CONNECTION)
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_CONNECTION)

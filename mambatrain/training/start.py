@@ -26,7 +26,7 @@ from mambatrain.runs.folder import RunFolder, cut_log, read_log
 from mambatrain.runs.weights import Weights
 from mambatrain.training.assemble import Where, assemble, choose_parts, start_processes
 from mambatrain.training.loop import train
-from mambatrain.training.lost_ranks import explaining_lost_ranks
+from mambatrain.training.lost_ranks import explaining_lost_ranks, is_lost_connection
 from mambatrain.training.metrics import print_fact
 from mambatrain.training.rank_watch import RankWatch, watching_ranks
 from mambatrain.training.resolve import Resolved, read_facts, refuse_changed_origin
@@ -107,8 +107,9 @@ def run_training(
                 stopped = train(run, stop)
                 watch.be_patient("ending", run.progress.draw)
                 refuse_moved_base(run)
-        except Exception:  # who leaves at once (KeyboardInterrupt) does not wait
-            run.background.wait()
+        except Exception as error:  # who leaves at once (KeyboardInterrupt) does not wait
+            if not (parts.shards > 1 and is_lost_connection(error)):  # the lost rank's part would never come
+                run.background.wait()
             if run.background.has_failed:
                 print_fact("warning", "the checkpoint that was being written meanwhile was not finished")
             raise

@@ -36,7 +36,7 @@ from mambatrain.training.rank_watch import RankWatch
 from mambatrain.training.start import run_training
 from mambatrain.training.stop import StopRequest
 
-SECONDS_TO_END = 60.0  # for ranks that lost one; those that do not are killed, as torchrun does, and counted
+SECONDS_TO_END = 10.0  # for ranks that lost one; those that do not are killed, as torchrun does after 30, and counted
 SECONDS_TO_JOIN = 3.0  # the same for ranks that wait for one that died before they came together
 PHASES = ("start", "step", "evaluation", "save", "end")
 
@@ -133,13 +133,27 @@ def run_life(
         pids.append(pid)
     life = Life()
     if strike is not None:
-        wait_for_moment(run / "log.jsonl", pids, slots, strike)
-        life.struck_in = strike_down(pids, slots, strike)
+        saves = SavesOf(run)
+        wait_for_moment(run / "log.jsonl", pids, slots, strike, saves)
+        life.struck_in = strike_down(pids, slots, strike, saves)
     joining = strike is not None and (strike.kind == "hang" or life.struck_in == "start")
     life.exit_codes, life.stubborn = wait_for_end(pids, SECONDS_TO_JOIN if joining else SECONDS_TO_END)
     life.said = "".join(file.read_text(errors="replace") for file in files)
     life.seconds = time.monotonic() - began
     return life
+
+
+class SavesOf:
+    """Whether a life is writing a checkpoint, in the background, too; what earlier ones have left does not count."""
+
+    def __init__(self, run: Path) -> None:
+        self._folder, self._began = run / "checkpoints", time.time_ns()
+
+    def are_going_on(self) -> bool:
+        try:
+            return any(path.stat().st_mtime_ns > self._began for path in self._folder.glob(".writing-*"))
+        except FileNotFoundError:  # it has just got its name
+            return True
 
 
 def end_as_a_process_does(file: Path, slots: mmap.mmap, *arguments: object) -> None:
@@ -169,7 +183,7 @@ def num_lines(log: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
-def wait_for_moment(log: Path, pids: list[int], slots: mmap.mmap, strike: Strike) -> None:
+def wait_for_moment(log: Path, pids: list[int], slots: mmap.mmap, strike: Strike, saves: SavesOf) -> None:
     """Until the life has written its lines (a resumed one cuts the log before) and the victim is in the phase."""
     fewest = num_lines(log)
     while not any(map(has_ended, pids)):
@@ -179,17 +193,21 @@ def wait_for_moment(log: Path, pids: list[int], slots: mmap.mmap, strike: Strike
             break
         time.sleep(0.002)
     while not any(map(has_ended, pids)) and slots[strike.victim] != PHASES.index(strike.phase):
+        if strike.phase == "save" and saves.are_going_on():
+            break
         time.sleep(0.0003)
     time.sleep(strike.delay)
 
 
-def strike_down(pids: list[int], slots: mmap.mmap, strike: Strike) -> str | None:
+def strike_down(pids: list[int], slots: mmap.mmap, strike: Strike, saves: SavesOf) -> str | None:
     """Strikes, and says where the victim was; None where the life had ended."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)  # one that has ended waits for its parent: its pid is its own
     for pid in pids:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
-    struck_in = None if has_ended(pids[strike.victim]) else PHASES[slots[strike.victim]]
+    struck_in = "save" if saves.are_going_on() else PHASES[slots[strike.victim]]
+    if has_ended(pids[strike.victim]):
+        struck_in = None
     struck = pids if strike.kind in {"all", "ask all"} else [pids[strike.victim]]
     for pid in pids:
         if pid in struck and strike.kind in {"all", "one"}:
