@@ -38,19 +38,21 @@ from mambatrain.runs.checkpoint import find_damage, list_checkpoints, newest_val
 from mambatrain.runs.folder import read_log
 
 SAVE_EVERY, EVALUATE_EVERY = 3, 7  # steps
-STEPS_PER_KILL = 5  # more than a life lasts, so that the run does not end before its kills
+STEPS_PER_KILL = 4  # more than a life lasts, so that the run does not end before its kills
 HANGS = 20  # every so manieth kill of several ranks is a rank that hangs, which takes the limit's time
 HANG_SECONDS = 20.0
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-10  # relative; relative and absolute
 TIMES_AND_RATES = {"seconds", "data_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes"}
 
 MODES = {
-    "1 rank": Mode(1, "no"),
-    "2 ranks": Mode(2, "no"),
-    "4 ranks": Mode(4, "no"),
+    "1 rank": Mode(1),
+    "2 ranks": Mode(2),
+    "4 ranks": Mode(4),
     "2 shards": Mode(2, "full"),
     "4 shards": Mode(4, "full"),
     "2 groups of 2 shards": Mode(4, "2"),
+    "2 ranks a row": Mode(2, sequence=2),
+    "4 ranks, 2 a row": Mode(4, sequence=2),
 }
 IN_BACKGROUND = {"checkpoint__asynchronous": True}
 MAMBA2 = {"model__block": "mamba2", "model__head_dim": 16}
@@ -72,6 +74,7 @@ SOAKS = {
     "bits of 2 ranks": Soak(("2 ranks",), "bits", "torch", MAMBA2),
     "bits of 2 shards": Soak(("2 shards",), "bits", "native", MAMBA2 | IN_BACKGROUND),
     "bits of 2 groups of 2 shards": Soak(("2 groups of 2 shards",), "bits", "torch", {}),
+    "bits of 2 ranks a row": Soak(("2 ranks a row",), "bits", "torch", IN_BACKGROUND),
     "losses": Soak(tuple(MODES), "losses", "native", {"optimizer__learning_rate": 1e-3} | IN_BACKGROUND),
     "weights": Soak(tuple(MODES), "weights", "torch", {"training__precision": "fp64"} | MAMBA2),
 }

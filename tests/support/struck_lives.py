@@ -43,10 +43,11 @@ PHASES = ("start", "step", "evaluation", "save", "end")
 
 @dataclass(frozen=True)
 class Mode:
-    """How many ranks, and how many of them share one copy of the model."""
+    """How many ranks, how many of them share one copy of the model, and how many each row."""
 
     ranks: int
-    shard: str
+    shard: str = "no"
+    sequence: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def live(recipe: Path, run: Path, kernels: str, mode: Mode, rank: int, port: int
         group = {"RANK": rank, "WORLD_SIZE": mode.ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": mode.ranks}
         os.environ.update({name: str(value) for name, value in group.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    where = Where(device="cpu", kernels=kernels, shard=mode.shard, rank_timeout=rank_timeout)
+    place = {"shard": mode.shard, "sequence": mode.sequence}
+    where = Where(device="cpu", kernels=kernels, rank_timeout=rank_timeout, **place)  # type: ignore[arg-type]
     with StopRequest() as stop:
         exit_code = run_training(read_recipe(str(recipe)), run, where, "if-possible", stop)
         end_processes()
