@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from launches import write_case
 from struck_lives import PHASES, Life, Mode, Strike, draw_strike, run_life
 
-from mambatrain.runs.checkpoint import find_damage, list_checkpoints, newest_valid_checkpoint, read_progress, step_of
+from mambatrain.runs.checkpoint import find_damage, list_checkpoints, read_progress, step_of
 from mambatrain.runs.folder import read_log
 
 SAVE_EVERY, EVALUATE_EVERY = 3, 7  # steps
@@ -106,7 +106,7 @@ def judge_life(soak: Soak, run: Path, before: Path | None, strike: Strike | None
     """
     for checkpoint in list_checkpoints(run):
         claim(find_damage(checkpoint) is None, f"{find_damage(checkpoint)}")
-    newest = newest_valid_checkpoint(run)
+    newest = newest_of(run)
     if found := re.search(r"^run .*?(?:, resumed at step ([\d,]+))?$", life.said, re.MULTILINE):
         resumed = int(found[1].replace(",", "")) if found[1] else 0
         claim(resumed == (step_of(before) if before else 0), f"resumed at step {resumed}, the newest was {before}")
@@ -122,6 +122,11 @@ def judge_life(soak: Soak, run: Path, before: Path | None, strike: Strike | None
     if strike is not None and strike.kind == "hang" and life.struck_in is not None:
         claim(f"process {strike.victim} of {len(life.exit_codes)}" in life.said, "the rank that hangs was not named")
     claim(life.said.count("Traceback") == 0, "a traceback")
+
+
+def newest_of(run: Path) -> Path | None:
+    """Every checkpoint is whole, so this is what the next life must begin with."""
+    return next(reversed(list_checkpoints(run)), None)
 
 
 def run_soak(name: str, soak: Soak, folder: Path, shards: Path, kills: int, seed: int) -> Counter[tuple[str, str]]:
@@ -140,7 +145,7 @@ def run_soak(name: str, soak: Soak, folder: Path, shards: Path, kills: int, seed
     while True:
         mode = MODES[rng.choice(soak.modes)]
         strike = None if struck == kills else draw_strike(rng, mode, hang=struck % HANGS == HANGS - 1)
-        before = newest_valid_checkpoint(run)
+        before = newest_of(run)
         life = run_life(recipe, run, soak.kernels, mode, strike, HANG_SECONDS if strike else 600.0)
         try:
             judge_life(soak, run, before, strike, life)
