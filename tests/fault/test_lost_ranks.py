@@ -98,6 +98,22 @@ def test_a_rank_that_hangs_or_dies_is_named_and_the_run_goes_on_as_if_nothing_ha
     assert all((ends[0] / name).read_bytes() == (ends[1] / name).read_bytes() for name in FILES)
 
 
+def test_a_rank_that_waits_in_vain_for_the_others_to_come_says_so(
+    run_mambatrain: Callable[..., subprocess.CompletedProcess[str]], write_tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    group = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = ["pretrain", write_tiny_recipe(), "--run", tmp_path / "run", "--device", "cpu", "--rank-timeout", "2"]
+    done = run_mambatrain(*command, environment=group)
+    assert done.returncode == 1
+    assert "error: process 0 of 2 waited 2 seconds for the others to come: " in done.stderr
+    assert "a larger --rank-timeout" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "recipe.yaml").exists(), "a run was left behind"
+
+
 @pytest.mark.parametrize(
     ("exit_codes", "said"),
     [
