@@ -1,15 +1,15 @@
-"""`runs`: the runs that are there, one of them in full, its digests, the mean of its checkpoints."""
+"""`runs`: the runs that are there, one of them in full, its digests, the mean of its checkpoints, archives."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from mambatrain.cli.plain_help import PlainCommand
 
-runs_app = typer.Typer(no_args_is_help=True, help="List runs, show, verify and average them.")
+runs_app = typer.Typer(no_args_is_help=True, help="List runs, show, verify, average and archive them.")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 
@@ -108,3 +108,47 @@ def average(
     done = average_checkpoints(open_run(run), last, out)
     print(f"averaged {', '.join(checkpoint.name for checkpoint in done.checkpoints)}", file=sys.stderr)
     print(done.folder)
+
+
+TargetArgument = Annotated[
+    str, typer.Argument(metavar="TARGET", help="Any fsspec URL (s3://bucket/demo), or a folder.", show_default=False)
+]
+
+
+@runs_app.command(cls=PlainCommand)
+def archive(
+    run: RunArgument,
+    target: TargetArgument,
+    checkpoints: Annotated[
+        Literal["newest", "best", "all"], typer.Option("--checkpoints", help="Which of them.")
+    ] = "newest",
+) -> None:
+    """Copy a run's files and checkpoints under a URL and read them back; what is whole there is not copied again.
+
+    Example: mambatrain runs archive runs/demo s3://bucket/demo
+    """
+    import sys
+
+    from mambatrain.runs.archive import archive_run
+    from mambatrain.runs.overview import open_run
+
+    done = archive_run(open_run(run), target, checkpoints)
+    print(f"copied {done}", file=sys.stderr)
+    print(target)
+
+
+@runs_app.command(cls=PlainCommand)
+def fetch(
+    target: TargetArgument,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The new run folder.", show_default=False)],
+) -> None:
+    """Make a run folder from an archive; every file is compared with its digest.
+
+    Example: mambatrain runs fetch s3://bucket/demo runs/demo
+    """
+    import sys
+
+    from mambatrain.runs.archive import fetch_run
+
+    print(f"copied {fetch_run(target, folder)}", file=sys.stderr)
+    print(folder)

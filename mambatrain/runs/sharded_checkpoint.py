@@ -48,17 +48,17 @@ class Ranks:
         """Something that this rank is the only one to say."""
         self._store.set(f"{what}-{self.rank}", json.dumps(content))
 
-    def hear(self, what: str, rank: int) -> Any:
+    def hear(self, what: str, rank: int, seconds: float = SECONDS_FOR_ANOTHER_RANK) -> Any:
         """Waits until a rank has said it.
 
         Raises:
             UserError: it does not.
         """
-        key, last = f"{what}-{rank}", time.monotonic() + SECONDS_FOR_ANOTHER_RANK
+        key, last = f"{what}-{rank}", time.monotonic() + seconds
         while not self._store.check([key]):  # `wait` would keep the store from the main thread
             if time.monotonic() > last:
                 raise UserError(
-                    f"process {rank} did not write its part of the checkpoint within {SECONDS_FOR_ANOTHER_RANK:.0f} s",
+                    f"process {rank} did not write its part of the checkpoint within {seconds:.0f} s",
                     "look at that machine and its disk; the same command continues from the checkpoint before",
                 )
             time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -112,7 +112,8 @@ def save_sharded_checkpoint(
 def _write_beside(ranks: Ranks, parts: Mapping[str, Part]) -> None:
     if (folder := ranks.hear("folder", 0)) is not None:
         ranks.say("written", _try_to_write(Path(folder), ranks.rank, parts))
-    if (failure := ranks.hear("ended", 0)) is not None:
+    # Rank 0 may itself be waiting for one that hangs, which it will name.
+    if (failure := ranks.hear("ended", 0, 2 * SECONDS_FOR_ANOTHER_RANK)) is not None:
         raise UserError(*failure)
 
 

@@ -69,6 +69,21 @@ def test_finetune_starts_from_an_average(
     assert json.loads((tmp_path / "runs/again/run.json").read_text())["started_from"]["origin"] == "mean"
 
 
+def test_an_archive_is_fetched_and_goes_on(run_mambatrain: Run, trained: Path, tmp_path: Path) -> None:
+    archived = run_mambatrain("runs", "archive", trained, f"file://{tmp_path}/away/tiny")
+    assert (archived.returncode, archived.stdout) == (0, f"file://{tmp_path}/away/tiny\n"), archived.stderr
+    assert archived.stderr.startswith("copied 9 files, ")
+    fetched = run_mambatrain("runs", "fetch", "away/tiny", "runs/back")
+    assert (fetched.returncode, fetched.stdout) == (0, "runs/back\n"), fetched.stderr
+    assert run_mambatrain("runs", "verify", "runs/back").stdout == "step-00000012  whole\n"
+    recipe = trained / "recipe.yaml"
+    done = run_mambatrain("pretrain", recipe, "--run", "runs/back", "--kernels", "torch", "--resume", "--quiet")
+    assert done.returncode == 0, done.stderr
+    again = run_mambatrain("runs", "archive", "runs/back", "s3://bucket/tiny")
+    assert again.returncode == 1
+    assert "hint: pip install s3fs" in again.stderr
+
+
 def test_verify_names_each_damaged_file_and_ends_with_1(run_mambatrain: Run, trained: Path) -> None:
     for name in ("model.safetensors", "optimizer.safetensors"):
         file = trained / "checkpoints" / "step-00000008" / name
@@ -91,8 +106,8 @@ def test_what_is_no_run_is_said(run_mambatrain: Run, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     done = run_mambatrain("runs", "list")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "no runs in runs\n")
-    for verb in (["show"], ["verify"], ["average", "--last", "2", "--out", "x"]):
-        done = run_mambatrain("runs", *verb, "runs")
+    for verb, rest in (("show", []), ("verify", []), ("average", ["--last", "2", "--out", "x"]), ("archive", ["x"])):
+        done = run_mambatrain("runs", verb, "runs", *rest)
         assert (done.returncode, done.stdout) == (1, "")
         assert "runs is no run" in done.stderr
 

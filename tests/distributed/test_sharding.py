@@ -72,7 +72,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     launch(2, begun("full over 2", "full"), folder)
     launch(1, begun("one", "no") + moved(1), folder)
     again = resumed(folder / "again", folder / AGAIN / "mamba2-fp32", "2")
-    launch(4, begun("full over 4", "full") + begun("2 groups of 2", "2") + moved(4) + [again], folder)
+    in_background = write_case(folder / "background.yaml", tiny_shards, {**MAMBA2, "checkpoint__asynchronous": True})
+    beside = {"recipe": str(in_background), "run": str(folder / "background"), "resume": "fresh", "shard": "2"}
+    # A disk without room for the shard of rank 1; the same run goes on when there is some.
+    full = []
+    for name, recipe, origin in (
+        ("waiting", recipes["mamba2-fp32"], folder / AGAIN / "mamba2-fp32"),
+        ("beside", in_background, folder / "background"),
+    ):
+        case = {"recipe": str(recipe), "run": str(folder / f"full-{name}"), "resume": "required", "shard": "2"}
+        full += [case | {"origin": str(origin), "largest_file_of_rank_1": "9000"}, case]
+    last = [again, beside, *full]
+    launch(4, begun("full over 4", "full") + begun("2 groups of 2", "2") + moved(4) + last, folder)
     return folder
 
 
@@ -130,18 +141,48 @@ def test_resumed_in_the_same_division_it_equals_never_stopped_to_the_bit(runs: P
     assert all(torch.equal(value, wanted[name]) for name, value in read_model_tensors(resumed, names).items())
 
 
-def test_a_missing_or_changed_shard_is_named(runs: Path, tmp_path: Path) -> None:
-    whole = list_checkpoints(runs / "full over 2" / MOVED)[-1]
-    for damage in ("missing", "changed"):
-        copy = tmp_path / damage / whole.name
-        shutil.copytree(whole, copy)
-        file = model_files(copy)[1]
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.unlink() if damage == "missing" else file.write_bytes(content)
-        assert f"{file} " in str(find_damage(copy))
-        assert damage in str(find_damage(copy))
+def test_a_missing_or_changed_file_is_named(runs: Path, tmp_path: Path) -> None:
+    whole = list_checkpoints(runs / "2 groups of 2" / MOVED)[-1]
+    copy = tmp_path / whole.name
+    shutil.copytree(whole, copy)
+    files = sorted(copy.iterdir())
+    assert [file.suffix for file in files] == [".json"] * 2 + [".safetensors"] * 4
+    for file in files:
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        for damage, damaged in (("missing", None), ("changed", flipped), ("bytes where", content[:-1])):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            found = str(find_damage(copy))
+            if file.name != "manifest.json":
+                assert f"{file} " in found
+                assert damage in found
+            assert found != "None" or damage == "bytes where"  # the line end of the manifest
+        file.write_bytes(content)
     assert find_damage(whole) is None
+
+
+def test_saves_in_the_background_write_the_same_bytes(runs: Path) -> None:
+    waited, beside = list_checkpoints(runs / AGAIN / "mamba2-fp32"), list_checkpoints(runs / "background")
+    assert (
+        [folder.name for folder in waited] == [folder.name for folder in beside] == ["step-00000004", "step-00000008"]
+    )
+    for one, other in zip(waited, beside, strict=True):
+        assert {file.name: file.read_bytes() for file in one.iterdir()} == {
+            file.name: file.read_bytes() for file in other.iterdir()
+        }
+
+
+@pytest.mark.parametrize("name", ["waiting", "beside"])
+def test_a_full_disk_of_one_rank_is_said_by_all_and_the_run_goes_on(runs: Path, name: str) -> None:
+    run = runs / f"full-{name}"
+    said = {(runs / f"{run.name}.error-{rank}").read_text() for rank in range(4)}
+    assert len(said) == 1
+    assert f"the disk is full: checkpoint {run / 'checkpoints' / 'step-00000008'} was not written" in said.pop()
+    assert (runs / f"{run.name}.left").read_text().split() == ["step-00000004"]
+    newest, never_full = list_checkpoints(run)[-1], list_checkpoints(runs / AGAIN / "mamba2-fp32")[-1]
+    assert newest.name == never_full.name
+    assert (newest / "manifest.json").read_bytes() == (never_full / "manifest.json").read_bytes()
 
 
 def test_some_tensors_of_a_sharded_checkpoint_are_read_alone(runs: Path) -> None:

@@ -5,6 +5,7 @@ Starting processes is what costs time, so a launch of one world size runs all ca
 
 import json
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -13,12 +14,30 @@ import torch
 from accelerate.state import AcceleratorState
 
 from mambatrain.devices import end_processes
+from mambatrain.errors import UserError
 from mambatrain.recipe import read_recipe
 from mambatrain.runs.checkpoint import list_checkpoints
 from mambatrain.runs.weights import read_weights
 from mambatrain.training.assemble import Where
 from mambatrain.training.start import run_training
 from mambatrain.training.stop import StopRequest
+
+
+def fail_on_a_full_disk(case: dict[str, str], where: Where) -> None:
+    """What each rank says goes into RUN.error-RANK, what the folder of checkpoints holds then into RUN.left."""
+    run, rank = Path(case["run"]), int(os.environ["RANK"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(case["largest_file_of_rank_1"]), limits[1]))
+    try:
+        run_training(read_recipe(case["recipe"]), run, where, case["resume"], StopRequest())
+    except UserError as error:
+        run.with_name(f"{run.name}.error-{rank}").write_text(error.message)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    torch.distributed.barrier()
+    if rank == 0:
+        run.with_name(f"{run.name}.left").write_text("\n".join(path.name for path in (run / "checkpoints").iterdir()))
+
 
 torch.set_num_threads(1)
 for case in json.loads(Path(sys.argv[1]).read_text()):
@@ -32,6 +51,9 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
     AcceleratorState._reset_state()  # precisions differ from case to case
+    if "largest_file_of_rank_1" in case:
+        fail_on_a_full_disk(case, where)
+        continue
     weights = read_weights(case["weights"]) if "weights" in case else None
     recipe = read_recipe(case["recipe"], model=None if weights is None else weights.section)
     assert run_training(recipe, Path(case["run"]), where, case["resume"], StopRequest(), weights) == 0
