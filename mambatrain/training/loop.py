@@ -76,6 +76,7 @@ def train(run: TrainingRun, stop: StopRequest) -> bool:
                 break
         if saved_step != progress.step:
             save(run)
+        run.watch.at("waiting for the checkpoint in the background", progress.draw)
         run.background.finish()
     return progress.step < recipe.total_steps or progress.held_out_pending
 
