@@ -29,6 +29,7 @@ from mambatrain.runs.progress import Progress
 from mambatrain.training.metrics import LiveLine, RunReporter
 from mambatrain.training.objective import NextTokenLoss
 from mambatrain.training.optimizer import build_optimizers
+from mambatrain.training.rank_watch import RankWatch
 from mambatrain.training.saving import save
 from mambatrain.training.training_run import TrainingRun
 
@@ -61,6 +62,8 @@ def begin(recipe: Recipe, path: Path, device: torch.device) -> TrainingRun:
         micro_batch_rows=1,
         progress=Progress(),
         reporter=RunReporter(folder, LiveLine(1, 0, quiet=True), None, writes=True),
+        row_share=None,
+        watch=RankWatch(0, 1, None, 1.0),
         flops_per_token=0.0,
         peak_flops=0.0,
     )

@@ -76,6 +76,7 @@ def test_what_is_whole_is_not_copied_again(run: RunFolder, target: str) -> None:
 def test_an_archiving_that_was_cut_short_goes_on_and_is_no_archive_before(
     run: RunFolder, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    archive_run(run, target, "newest")
     opened, written = archive.Storage.open, list[str]()
 
     def cut_short(storage: archive.Storage, name: str, mode: Any) -> Any:
@@ -91,7 +92,7 @@ def test_an_archiving_that_was_cut_short_goes_on_and_is_no_archive_before(
     with pytest.raises(UserError, match="no archive") as raised:
         fetch_run(target, tmp_path / "back")
     assert "cut short" in str(raised.value.hint)
-    assert archive_run(run, target, "all").num_there == 2
+    assert archive_run(run, target, "all").num_there == 2 + 4 + len(OWN_FILES)
     fetch_run(target, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(run.path)
 
