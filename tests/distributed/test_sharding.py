@@ -72,7 +72,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     launch(2, begun("full over 2", "full"), folder)
     launch(1, begun("one", "no") + moved(1), folder)
     again = resumed(folder / "again", folder / AGAIN / "mamba2-fp32", "2")
-    in_background = write_case(folder / "background.yaml", tiny_shards, {**MAMBA2, "checkpoint__asynchronous": True})
+    beside_training = {**CASES["mamba2-fp32"], "checkpoint__asynchronous": True}
+    in_background = write_case(folder / "background.yaml", tiny_shards, beside_training)
     beside = {"recipe": str(in_background), "run": str(folder / "background"), "resume": "fresh", "shard": "2"}
     # A disk without room for the shard of rank 1; the same run goes on when there is some.
     full = []
