@@ -94,11 +94,13 @@ def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
 
     parts = {}
     # By name: a resumed optimizer has its tensors in another order than one that was never stopped.
-    for index, (name, tensor) in enumerate(sorted(tensors.items())):
-        if not isinstance(tensor, DTensor):
-            if index % get_world_size() == get_rank():
-                parts[name] = Part(tensor.detach(), (0,) * tensor.ndim)
-            continue
+    sharded = sorted(name for name, tensor in tensors.items() if isinstance(tensor, DTensor))
+    same_everywhere = sorted(tensors.keys() - sharded)  # counts of steps
+    for name in same_everywhere[get_rank() :: get_world_size()]:
+        parts[name] = Part(tensors[name].detach(), (0,) * tensors[name].ndim)
+    for index, name in enumerate(sharded):
+        tensor = tensors[name]
+        assert isinstance(tensor, DTensor)
         copy, num_copies = 0, 1
         coordinate = tensor.device_mesh.get_coordinate()
         assert coordinate is not None  # every rank is in the mesh
@@ -113,14 +115,15 @@ def own_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
 
 
 def write_shard(folder: Path, rank: int, parts: Mapping[str, Part]) -> list[Path]:
-    """One rank's file, as torch.distributed.checkpoint's `HuggingFaceStorageWriter` makes it."""
+    """One rank's file, as torch.distributed.checkpoint's `HuggingFaceStorageReader` reads it."""
     from safetensors.torch import save_file
 
     if not parts:
         return []
     file = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
     where = {name: {"saved_offsets": list(part.offsets)} for name, part in parts.items()}
-    metadata = {"DCP_SHARDING_INFO": json.dumps(where), "DCP_VERSION": "1.0", "format": "pt"}
+    # This entry alone: safetensors writes several in any order, and the same tensors are to give the same bytes.
+    metadata = {"DCP_SHARDING_INFO": json.dumps(where)}
     save_file({name: part.tensor for name, part in parts.items()}, file, metadata=metadata)
     return [file]
 
