@@ -19,8 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import accelerate  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
 import safetensors.torch  # noqa: F401
 import torch
+import torch._dynamo  # which every optimizer imports
 import torch.distributed.checkpoint.hf_storage
 import torch.distributed.checkpoint.state_dict_loader
 import torch.distributed.checkpoint.state_dict_saver
@@ -124,6 +127,9 @@ def run_life(
     recipe: Path, run: Path, kernels: str, mode: Mode, strike: Strike | None, rank_timeout: float = 600.0
 ) -> Life:
     """One life, struck or left alone until the run is done."""
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, (
+        "threads do not outlive a fork, what they hold locked does"
+    )
     slots, port, began = mmap.mmap(-1, mode.ranks), free_port(), time.monotonic()
     run.mkdir(parents=True, exist_ok=True)
     files = [run.parent / f"{run.name}.rank-{rank}.txt" for rank in range(mode.ranks)]
