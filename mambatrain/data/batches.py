@@ -138,8 +138,9 @@ def _references(shard: TokenShard, spans: Sequence[Span]) -> NDArray[np.float64]
 
 def boundaries_of(shard: TokenShard, span: Span) -> NDArray[np.int64]:
     """Which positions of a span are boundaries: (K,) ascending."""
-    if shard.ends_marked:
-        return _starts_within(shard, span) - 1 - span.first  # at the end token of the document before
+    if shard.ends_marked:  # at the end token of the document before; nothing is before the shard's first
+        opening = np.zeros(int(span.first == 0 and shard.num_opening == 0), dtype=np.int64)
+        return np.union1d(opening, _starts_within(shard, span) - 1 - span.first)
     first, last = np.searchsorted(shard.document_starts, [span.first, span.first + span.length])
     return shard.document_starts[first:last] - span.first
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mambatrain.data.batches import Windows
 from mambatrain.data.document_rows import DocumentRows
+from mambatrain.data.document_streams import DocumentStreams
 from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.open_tokens import Tokens, open_tokens
 from mambatrain.data.packing import open_packing
@@ -154,6 +155,8 @@ def _windows_of(recipe: Recipe, tokens: Tokens, row_tokens: int, may_write: bool
         refuse_longer_chats(tokens, row_tokens)
     if recipe.trains_state:
         return DocumentRows(tokens.train, row_tokens)
+    if recipe.data.carry_state:
+        return DocumentStreams(tokens.train, row_tokens, recipe.rows_per_step, recipe.data.seed)
     if tokens.train.counted is None and recipe.data.packing != "best_fit":
         return Windows(tokens.train, row_tokens)
     if tokens.train.counted is not None and recipe.data.packing == "windows":

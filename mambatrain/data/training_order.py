@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from mambatrain.data.batches import MicroBatch, Windows, read_rows
 from mambatrain.data.document_rows import DocumentRows
+from mambatrain.data.document_streams import DocumentStreams
 from mambatrain.data.interleaving import Interleaving
 from mambatrain.data.packing import PackedWindows
 from mambatrain.data.pair_rows import PairRows
 from mambatrain.data.permutation import permute
 
-AnyWindows = Windows | PackedWindows | DocumentRows | PairRows
+AnyWindows = Windows | PackedWindows | DocumentRows | DocumentStreams | PairRows
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class TrainingOrder:
 
     def _nth_windows(self, source: Source, nth: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Epoch and window of some of a source's rows, counted from the first it ever gives."""
+        if isinstance(source.windows, DocumentStreams):  # the only source: its n-th row is a draw's slot
+            return np.array([source.windows.epoch_of(int(window)) for window in nth]), nth
         size = source.windows.num_windows
         epochs, within = np.divmod(nth, size)
         number = self.names.index(source.name)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mambatrain.models.mamba1 import Mamba1
 from mambatrain.models.mamba2 import Mamba2
 from mambatrain.models.norms import RMSNorm
+from mambatrain.models.segments import segmented_loss
 from mambatrain.models.sequence_parallel import RowNeighbours
 from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import Backend
@@ -62,6 +63,8 @@ class LanguageModel(nn.Module):
         """Of every so many blocks the last keeps its input alone, and computes the rest again in the backward pass."""
         self.neighbours: RowNeighbours | None = None
         """Ranks that work on other parts of the same rows; None: rows are whole."""
+        self.segment_tokens = 0
+        """`loss_and_state` takes longer rows in segments of so many tokens; 0: whole."""
         # Filled by whoever builds the model; torch's own first values on a meta device would import its compiler (2 s).
         shape = section.padded_vocab_size, section.d_model
         self.embedding = nn.Embedding(*shape, _weight=torch.empty(shape))
@@ -127,10 +130,33 @@ class LanguageModel(nn.Module):
         Returns:
             A scalar in fp32 (fp64 for fp64).
         """
-        hidden, _ = self.hidden_states(tokens, boundaries, state)
-        return chunked_cross_entropy(
+        return self.loss_and_state(tokens, boundaries, targets, state)[0]
+
+    def loss_and_state(
+        self, tokens: Tensor, boundaries: Tensor | None, targets: Tensor, state: list[BlockState] | None = None
+    ) -> tuple[Tensor, list[BlockState]]:
+        """`summed_loss`, and the state behind the last position, detached.
+
+        Rows longer than `segment_tokens` go through in segments (`segments.py`), to the same loss and gradients.
+        """
+        if self.segment_tokens and tokens.shape[1] > self.segment_tokens:
+            if state is None:
+                state = self.init_state(len(tokens), tokens.device, self.norm_f.weight.dtype)
+            parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            batch = tokens, boundaries, targets
+            return segmented_loss(self._loss_and_state, parameters, batch, state, self.segment_tokens)
+        loss, state = self._loss_and_state(tokens, boundaries, targets, state)
+        # Copied: a window is a view into what its layer computed of the whole row, and would keep all of that.
+        return loss, [BlockState(layer.window.detach().clone(), layer.ssm.detach()) for layer in state]
+
+    def _loss_and_state(
+        self, tokens: Tensor, boundaries: Tensor | None, targets: Tensor, state: list[BlockState] | None
+    ) -> tuple[Tensor, list[BlockState]]:
+        hidden, state = self.hidden_states(tokens, boundaries, state)
+        loss = chunked_cross_entropy(
             hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.backend.softmax_loss
         )
+        return loss, state
 
     def token_losses(
         self, tokens: Tensor, boundaries: Tensor | None, targets: Tensor, state: list[BlockState] | None = None

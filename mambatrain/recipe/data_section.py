@@ -59,6 +59,9 @@ class DataSection(Section):
     packing: Literal["auto", "windows", "best_fit"] = "auto"
     """windows: rows cut the stream anywhere. best_fit: rows hold whole documents; only what is longer is cut.
     auto: best_fit for conversations, windows for text."""
+    carry_state: bool = False
+    """A row goes on where the same slot's row of the draw before ended, with the state that it left, without gradients:
+    documents are followed to their ends."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Key of the permutation of windows."""
     stages: list[StageSection] = Field(default_factory=list)
@@ -74,6 +77,11 @@ class DataSection(Section):
     def check_sources(self) -> Self:
         if [self.shards, self.sources, self.chats].count(None) != 2:
             raise ValueError("give exactly one of shards, sources and chats; null unsets")
+        if self.carry_state:
+            others = {"sources": self.sources, "chats": self.chats, "stages": self.stages}
+            refused = [name for name, given in others.items() if given] + ["packing"] * (self.packing != "auto")
+            if refused:
+                raise ValueError(f"carry_state follows the documents of data.shards; {refused[0]} does not go with it")
         if self.chats is not None and (self.stages or self.packing == "windows"):
             what = "stages" if self.stages else "packing windows, which cuts conversations anywhere,"
             raise ValueError(f"{what} does not go with chats; leave it out")

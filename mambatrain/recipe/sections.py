@@ -49,6 +49,9 @@ class TrainingSection(Section):
     """Of matrix products. auto: bf16 where the machine has it in hardware, else fp32. Parameters stay fp32 (fp64)."""
     activation_checkpointing: Literal["none", "every_block"] | Annotated[int, Field(ge=2)] = "none"
     """every_block: keep each block's input only and compute the rest again in the backward pass; k: every k-th's."""
+    segment_tokens: PositiveInt | None = None
+    """Longer rows go through the model in segments of so many tokens, state and gradients handed on: the activations of
+    one are held at a time, and those of all others computed again in the backward pass. null: rows go through whole."""
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are scaled down to this norm."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -119,6 +122,9 @@ class Recipe(Section):
             raise ValueError(f"schedule.decay_steps {self.schedule.decay_steps} exceeds {self.total_steps} steps")
         if self.optimizer.kind == "schedule_free" and self.schedule.kind != "constant":
             raise ValueError(f"schedule_free has no schedule: set schedule.kind to constant, not {self.schedule.kind}")
+        segment, longest = self.training.segment_tokens, self.data.longest_row_tokens
+        if segment is not None and segment >= longest:
+            raise ValueError(f"training.segment_tokens {segment} does nothing for rows of {longest}; leave it out")
         stages = self.stages  # refuses what does not fit
         if tokens is None and any(stage.row_tokens != row for stage in stages):
             raise ValueError("data.stages with rows of another length need training.tokens_per_step, not rows_per_step")
@@ -132,10 +138,10 @@ class Recipe(Section):
             raise ValueError("optimizer.kind muon moves matrices, and adapter.kind state trains none; take adamw")
         if self.adapter is not None and self.parameters != ParameterSection():
             raise ValueError("parameters (frozen, rates) is about training the weights; with an adapter leave it out")
-        if self.trains_state and self.data.packing != "auto":
+        if self.trains_state and (self.data.packing != "auto" or self.data.carry_state):
+            what = "carry_state" if self.data.carry_state else f"packing {self.data.packing}"
             raise ValueError(
-                f"data.packing {self.data.packing} puts several documents in a row; with adapter.kind state each row "
-                "holds one document, whatever the packing: leave it out"
+                f"data.{what} does not go with adapter.kind state: each row holds one document, from its beginning"
             )
         return self
 
@@ -152,6 +158,8 @@ class Recipe(Section):
             raise ValueError("adapter.kind state does not go with preferences: a row holds the two answers of a pair")
         if self.data.packing != "auto":
             raise ValueError("data.packing does not go with preferences: each row holds one pair; leave it out")
+        if self.training.segment_tokens is not None:
+            raise ValueError("training.segment_tokens does not go with preferences: a row holds two answers, whole")
         if self.data.held_out is not None:
             raise ValueError("data.held_out does not go with preferences: held-out pairs are measured; leave it out")
         return self

@@ -34,6 +34,7 @@ MAY_DIFFER = (
     "training.total_steps",
     "training.total_tokens",
     "training.activation_checkpointing",
+    "training.segment_tokens",
     "training.clip_norm",
     "training.log_every_steps",
 )

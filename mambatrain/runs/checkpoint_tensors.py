@@ -2,7 +2,8 @@
 
     model.safetensors, optimizer.safetensors       parameters by name; PARAMETER.exp_avg, PARAMETER.step, ...
     shard-00001-model-00001-of-00001.safetensors   both, one rank's parts with their offsets in the file's metadata
-    extra.safetensors                              what else is needed to go on, where there is any
+    extra.safetensors                              what else is needed to go on, where there is any; carried states:
+                                                   (rows_per_step, ...), each rank's in its own file if sharded
 
 Either is read into a model on any number of ranks, sharded or not: torch.distributed.checkpoint reads the slices that
 a rank needs.
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 EXTRA_FILE = "extra.safetensors"
+CARRIED = "carried."
+"""Of the names of states that rows go on from; the first dimension is the row slot."""
 _SHARDS = "shard-*.safetensors"
-_EXTRA = "extra."
+EXTRA = "extra."
 
 
 def missing_kind(names: set[str]) -> str | None:
@@ -59,7 +62,7 @@ def write_extra(folder: Path, extra: dict[str, Tensor]) -> list[Path]:
     if not extra:
         return []
     # Beside other tensors a name must say whose it is: a reader of the folder sees them all.
-    save_file({f"{_EXTRA}{name}": value for name, value in extra.items()}, folder / EXTRA_FILE)
+    save_file({f"{EXTRA}{name}": value for name, value in extra.items()}, folder / EXTRA_FILE)
     return [folder / EXTRA_FILE]
 
 
@@ -69,7 +72,7 @@ def read_extra(checkpoint: Path) -> dict[str, Tensor]:
 
     file = checkpoint / EXTRA_FILE
     tensors: dict[str, Tensor] = load_file(file) if file.is_file() else {}
-    return {name.removeprefix(_EXTRA): value for name, value in tensors.items()}
+    return {name.removeprefix(EXTRA): value for name, value in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def read_into(checkpoint: Path, parameters: Mapping[str, Tensor]) -> dict[str, T
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     stored = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    stored = {key: entry for key, entry in stored.items() if not key.startswith(_EXTRA)}
+    stored = {key: entry for key, entry in stored.items() if not key.startswith(EXTRA)}
     differing = sorted(
         {key for key in stored if key not in parameters and key.rpartition(".")[0] not in parameters}
         | {name for name, value in parameters.items() if getattr(stored.get(name), "size", None) != value.shape}
@@ -161,6 +164,29 @@ def read_into(checkpoint: Path, parameters: Mapping[str, Tensor]) -> dict[str, T
             optimizer[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device=parameter.device)
     _load(checkpoint, {name: parameter.detach() for name, parameter in parameters.items()} | optimizer)
     return optimizer
+
+
+def read_carried(checkpoint: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """States by name, sharded as those of `like` are, in the dtypes they are stored in.
+
+    Raises:
+        UserError: the checkpoint has none of such a name and shape.
+    """
+    import torch
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    stored, tensors = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata, {}
+    for name, value in like.items():
+        entry = stored.get(f"{EXTRA}{name}")
+        if not isinstance(entry, TensorStorageMetadata) or entry.size != value.shape:
+            raise UserError(
+                f"{checkpoint} does not hold the states that rows go on from: {name}",
+                "the recipe and its checkpoints are of two runs; begin again with --fresh",
+            )
+        tensors[name] = torch.empty_like(value, dtype=entry.properties.dtype)
+    _load(checkpoint, {f"{EXTRA}{name}": tensor for name, tensor in tensors.items()})
+    return tensors
 
 
 def read_model_tensors(checkpoint: Path, names: Iterable[str]) -> dict[str, Tensor]:

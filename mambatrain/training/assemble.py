@@ -13,6 +13,7 @@ import mambatrain
 from mambatrain.adapters.attach import describe_adapter, frozen_digest
 from mambatrain.chats.open_chats import open_chats
 from mambatrain.data.document_rows import DocumentRows
+from mambatrain.data.document_streams import DocumentStreams
 from mambatrain.data.packing import PackedWindows
 from mambatrain.data.pair_rows import PairRows
 from mambatrain.data.tokenizer import tokens_behind
@@ -38,6 +39,7 @@ from mambatrain.runs.folder import RunFolder
 from mambatrain.runs.progress import Progress
 from mambatrain.runs.weights import Weights
 from mambatrain.training.build import build_objective, parameter_dtype
+from mambatrain.training.carried import empty_states, restore_states
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
 from mambatrain.training.name_patterns import freeze_parameters, rates_of
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
@@ -149,7 +151,10 @@ def assemble(
         freeze_parameters(objective.model, recipe.parameters)
     optimizers = build_optimizers(trained, recipe.optimizer, recipe.parameters)
     progress = Progress()
+    slots = recipe.rows_per_step // accelerator.num_processes
+    carried = empty_states(objective.model, slots) if recipe.data.carry_state else None
     if checkpoint is not None:
+        carried = None if carried is None else restore_states(checkpoint, carried)
         restore_optimizer(optimizers, trained, read_into(checkpoint, trained.parameters))
         progress = read_progress(checkpoint)
     facts = describe_run(recipe, parts)
@@ -180,6 +185,7 @@ def assemble(
         held_out=data.held_out,
         row_share=parts.row_share,
         micro_batch_rows=resolved.micro_batch_rows,
+        carried=carried,
         progress=progress,
         reporter=RunReporter(folder, live, tracker, writes=accelerator.is_main_process),
         watch=watch,
@@ -261,6 +267,9 @@ def describe_data(recipe: Recipe, data: TrainingData) -> list[str]:
             if isinstance(source.windows, DocumentRows):
                 rows = source.windows
                 lines.append(f"{source.name}: {rows.num_windows:,} documents, {rows.num_cut:,} of them cut to a row")
+            if isinstance(source.windows, DocumentStreams):
+                num_documents = source.windows.num_documents
+                lines.append(f"{source.name}: {num_documents:,} documents, followed by {drawn.rows_per_step} row slots")
     if data.held_out is not None and isinstance(data.held_out.windows, PairRows):
         lines[0] += f", a pair in each, {data.held_out.windows.num_windows:,} pairs held out"
     elif data.held_out is None:

@@ -65,6 +65,7 @@ def build_model(
         model = LanguageModel(recipe.model, backend)
     model.to(parameter_dtype(precision))
     model.recompute_every = recipe.recompute_every
+    model.segment_tokens = recipe.training.segment_tokens or 0
     if shards > 1:
         shard_model(model, shards, device.type, precision)
     return model.to_empty(device=device)

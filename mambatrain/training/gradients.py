@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 import torch
 
+from mambatrain.training.carried import are_finite, joined, states_of
+from mambatrain.training.objective import NextTokenLoss
 from mambatrain.training.sharding import clip_gradients, sum_gradients_in_next_backward
 from mambatrain.training.stop import StopRequest
 from mambatrain.training.training_run import Draw, TrainingRun, sum_over_ranks
@@ -28,20 +31,26 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
     counts = sum_over_ranks(run, torch.tensor(own, dtype=torch.float64).sum(dim=0), "the targets")
     num_targets, num_summands = map(int, counts.tolist())
     sums = torch.zeros(1 + len(run.objective.curves), dtype=torch.float64, device=device)
+    behind, num_rows = [], 0
     for index, micro_batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         run.watch.at("computing gradients", run.progress.draw)
         sum_gradients_in_next_backward(run.prepared, run.objective.model, wanted=is_last)
+        carried = [] if run.carried is None else [states_of(run.carried, num_rows, len(micro_batch.tokens))]
+        num_rows += len(micro_batch.tokens)
         with accelerator.autocast():
-            summed = run.prepared(*micro_batch.to(device).inputs).reshape(-1)  # the loss, and the curves
+            summed = run.prepared(*micro_batch.to(device).inputs, *carried).reshape(-1)  # the loss, and the curves
         # Ranks' gradients are averaged; we want the sum, hence the factor.
         (summed[0] * (accelerator.num_processes / max(num_summands, 1))).backward()
         sums += summed.detach()
+        behind += [cast(NextTokenLoss, run.objective).behind] if carried else []
     gradient_norm = clip_gradients(run.prepared.parameters(), run.recipe.training.clip_norm)
+    states = None if run.carried is None else joined(behind)
+    unfit = float(states is not None and not are_finite(states))
     ends = stop.asked or run.background.has_failed
     # One reduction for all that the ranks must agree on.
-    norm, asked, total, *curves = sum_over_ranks(
-        run, torch.tensor([gradient_norm, float(ends), *sums.tolist()], dtype=torch.float64), "the loss"
+    norm, asked, unfit, total, *curves = sum_over_ranks(
+        run, torch.tensor([gradient_norm, float(ends), unfit, *sums.tolist()], dtype=torch.float64), "the loss"
     ).tolist()
     return Draw(
         loss=total / max(num_summands, 1),
@@ -49,5 +58,7 @@ def compute_gradients(run: TrainingRun, stop: StopRequest) -> Draw:
         gradient_norm=norm / accelerator.num_processes,
         num_targets=num_targets,
         data_seconds=data_seconds,
+        behind=states,
+        states_are_finite=unfit == 0,
         stop_asked=asked > 0,
     )

@@ -62,9 +62,10 @@ def write_health(run: TrainingRun, draw: Draw) -> None:
         return
     num_rows = order.stages[order.stage_of(progress.draw)].rows_per_step
     row = order.micro_batches(progress.draw, 1, rank=0, num_ranks=num_rows)[0].to(run.accelerator.device)
+    first = slice(run.recipe.training.segment_tokens)  # all of it, or its first segment
     clipping = min(1.0, run.recipe.training.clip_norm / (draw.gradient_norm + 1e-6))  # as torch has it
     with run.accelerator.autocast():
-        layers = measure_health(run.objective.model, row.tokens, row.boundaries, clipping)
+        layers = measure_health(run.objective.model, row.tokens[:, first], row.boundaries[:, first], clipping)
     warnings = {number: layer.warning for number, layer in enumerate(layers) if layer.warning is not None}
     for number, warning in warnings.items():
         run.reporter.say(f"step {progress.step:,}: layer {number}: {warning}")

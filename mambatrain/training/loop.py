@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from mambatrain.files import explaining_full_disk
+from mambatrain.training.carried import forget_begun
 from mambatrain.training.gradients import compute_gradients
 from mambatrain.training.guards import (
     find_fault,
@@ -47,6 +48,8 @@ def train(run: TrainingRun, stop: StopRequest) -> bool:
             set_learning_rate(run.optimizers, learning_rate)
             draw = compute_gradients(run, stop)
             fault = find_fault(draw.loss, draw.gradient_norm, draw.num_targets, progress.running, recipe.guards)
+            if fault is None and not draw.states_are_finite:
+                fault = "a state that the next rows would go on from is not finite"
             blamed = [] if fault is None else name_gradients(run.objective.model)
             if fault is None:
                 run.trained.refuse_no_gradient()
@@ -58,8 +61,10 @@ def train(run: TrainingRun, stop: StopRequest) -> bool:
                 progress.tokens_seen += draw.num_targets
                 progress.skipped_in_a_row = 0
                 take_note(progress.running, draw.loss, draw.gradient_norm, recipe.guards)
+                run.carried = draw.behind
             else:
                 progress.skipped_in_a_row += 1
+                forget_begun(run, progress.draw, progress.draw + 1)
             run.prepared.zero_grad(set_to_none=True)
             progress.draw += 1
             write_draw(run, draw, fault, blamed, learning_rate, time.perf_counter() - started)
@@ -86,6 +91,7 @@ def pass_over_draws(run: TrainingRun) -> None:
     progress = run.progress
     first, progress.draw = progress.draw, first_draw_not_skipped(progress.draw, run.recipe.data.skip_draws)
     if progress.draw > first:
+        forget_begun(run, first, progress.draw)
         progress.log_lines += 1
         line = {"event": "passed_over", "step": progress.step, "draw": first, "last_draw": progress.draw - 1}
         run.reporter.write_event(line)

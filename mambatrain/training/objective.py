@@ -25,6 +25,8 @@ class NextTokenLoss(nn.Module):
         self.model = model
         self.start = start
         """The trained state that every row begins with; None: an empty one."""
+        self.behind: list[BlockState] = []
+        """The states behind the rows of the last forward pass that was given some, detached."""
 
     def num_summands(self, micro_batch: MicroBatch) -> int:
         """Counted targets: what the summed loss is divided by."""
@@ -34,7 +36,15 @@ class NextTokenLoss(nn.Module):
         """What every row begins with, B = 1; None: an empty one, where the boundaries say so."""
         return None if self.start is None else self.start.layers()
 
-    def forward(self, tokens: Tensor, boundaries: Tensor, targets: Tensor) -> Tensor:
-        """tokens (B, L), boundaries (B, L), targets (B, L) -> summed loss in nats, a scalar."""
+    def forward(
+        self, tokens: Tensor, boundaries: Tensor, targets: Tensor, state: list[BlockState] | None = None
+    ) -> Tensor:
+        """tokens (B, L), boundaries (B, L), targets (B, L) -> summed loss in nats, a scalar.
+
+        With a state, one per layer, rows go on from it, and `behind` has what they left.
+        """
+        if state is not None:
+            loss, self.behind = self.model.loss_and_state(tokens, boundaries, targets, state)
+            return loss
         boundaries, state = begin_rows(self.first_state(), boundaries)
         return self.model.summed_loss(tokens, boundaries, targets, state)

@@ -103,5 +103,9 @@ def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device, num
     kept += per_layer if recomputed else 0  # one block at a time is whole again
     states = 16 * count_parameters(model)["total"]  # weights, gradients, two moments
     room = max(0.0, 0.5 * (available_memory_bytes(device) - states))
-    fitting = int(room // (kept * -(-recipe.data.row_tokens // num_parts)))
+    segment, row = recipe.training.segment_tokens, -(-recipe.data.row_tokens // num_parts)
+    kept_of_row = kept * min(segment or row, row)
+    if segment is not None:  # with the fp32 states between segments
+        kept_of_row += row // segment * 4 * model.num_layers * model.d_inner * model.state_size
+    fitting = int(room // kept_of_row)
     return next((n for n in range(min(rows, max(1, fitting)), 0, -1) if rows % n == 0), 1)

@@ -9,8 +9,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from mambatrain.runs.checkpoint import prune_checkpoints, save_checkpoint
-from mambatrain.runs.checkpoint_tensors import own_parts
+from mambatrain.runs.checkpoint_tensors import EXTRA, own_parts
 from mambatrain.runs.sharded_checkpoint import Ranks, save_sharded_checkpoint
+from mambatrain.training.carried import tensors_by_slot, whole_tensors
 from mambatrain.training.optimizer import optimizer_tensors
 from mambatrain.training.schedule_free import evaluated_weights
 from mambatrain.training.sharding import is_sharded
@@ -39,8 +40,10 @@ def save(run: TrainingRun) -> None:
         write = _sharded_save if is_sharded(run.objective.model) else _whole_save
         if not in_background:
             write(run, model, states, hold)()
-        elif write is _sharded_save or run.accelerator.is_main_process:
-            run.background.start(write(run, model, states, hold))
+        else:
+            write_later = write(run, model, states, hold)  # every rank: carried states are brought together
+            if write is _sharded_save or run.accelerator.is_main_process:
+                run.background.start(write_later)
     if not in_background:
         run.watch.meet("waiting for the checkpoint", run.progress.draw)
         run.accelerator.wait_for_everyone()
@@ -59,12 +62,14 @@ Hold = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 def _whole_save(
     run: TrainingRun, model: dict[str, Tensor], states: dict[str, Tensor], hold: Hold
 ) -> Callable[[], None]:
+    carried = whole_tensors(tensors_by_slot(run.carried))
     if not run.accelerator.is_main_process:
         return lambda: None
-    progress, held_model, held_states = copy.deepcopy(run.progress), hold(model), hold(states)
+    progress = copy.deepcopy(run.progress)
+    held_model, held_states, held_carried = hold(model), hold(states), hold(carried)
 
     def write() -> None:
-        save_checkpoint(run.folder.checkpoints, progress, held_model, held_states, log=run.folder.log_file)
+        save_checkpoint(run.folder.checkpoints, progress, held_model, held_states, held_carried, run.folder.log_file)
         prune_checkpoints(run.folder.path, run.recipe.checkpoint, progress.best_step)
 
     return write
@@ -73,7 +78,8 @@ def _whole_save(
 def _sharded_save(
     run: TrainingRun, model: dict[str, Tensor], states: dict[str, Tensor], hold: Hold
 ) -> Callable[[], None]:
-    progress, parts, ranks = copy.deepcopy(run.progress), own_parts(model | states), Ranks()
+    carried = {f"{EXTRA}{name}": tensor for name, tensor in tensors_by_slot(run.carried).items()}
+    progress, parts, ranks = copy.deepcopy(run.progress), own_parts(model | states | carried), Ranks()
     held = hold({name: part.tensor for name, part in parts.items()})
     parts = {name: replace(part, tensor=held[name]) for name, part in parts.items()}
 

@@ -68,6 +68,12 @@ def refuse_with_sequence(recipe: Recipe, num_parts: int, shards: int, kernels: s
             f"--sequence {num_parts} does not go with --kernels mamba-ssm, whose scan of Mamba-1 takes no state",
             "take --kernels native or torch",
         )
+    long = {"data.carry_state": recipe.data.carry_state, "training.segment_tokens": recipe.training.segment_tokens}
+    if named := [setting for setting, given in long.items() if given]:
+        raise UserError(
+            f"--sequence {num_parts} does not go with {named[0]}, which takes whole rows one part after the other",
+            "leave one of them out",
+        )
     if recipe.preferences is not None:
         raise UserError(f"--sequence {num_parts} does not go with preferences: a row holds two answers", "leave it out")
     shortest = min(stage.row_tokens for stage in recipe.stages)

@@ -55,6 +55,7 @@ def refuse_with_shards(recipe: Recipe, asked: str) -> None:
     refused = {
         "guards.health_every_steps": recipe.guards.health_every_steps is not None,
         "adapter": recipe.adapter is not None,
+        "training.segment_tokens": recipe.training.segment_tokens is not None,
         "parameters.frozen": bool(recipe.parameters.frozen),
         "preferences": recipe.preferences is not None,
     }
@@ -91,7 +92,7 @@ def shard_model(model: LanguageModel, shards: int, device_type: str, precision: 
             fully_shard(matrices, mesh=mesh, mp_policy=narrow)
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "summed_loss")
+    register_fsdp_forward_method(model, "loss_and_state")
 
 
 def is_sharded(model: nn.Module) -> bool:

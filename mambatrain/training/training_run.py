@@ -11,6 +11,7 @@ from torch import Tensor
 from mambatrain.adapters.trained import TrainedTensors
 from mambatrain.data.held_out_batches import HeldOutBatches
 from mambatrain.data.training_order import TrainingOrder
+from mambatrain.models.state import BlockState
 from mambatrain.runs.progress import Progress
 from mambatrain.training.background_save import BackgroundSave
 from mambatrain.training.optimizer import Optimizers
@@ -48,6 +49,8 @@ class TrainingRun:
     row_share: RowShare
     """Which rows of a step this rank works on, and which part of them."""
     micro_batch_rows: int
+    carried: list[BlockState] | None
+    """What the rows of this rank's slots go on from, with `data.carry_state`; else None."""
     progress: Progress
     reporter: RunReporter
     watch: RankWatch
@@ -72,6 +75,10 @@ class Draw:
     num_targets: int
     data_seconds: float
     """Time this rank waited for its rows."""
+    behind: list[BlockState] | None
+    """What the rows of this rank's slots left, with `data.carry_state`; else None."""
+    states_are_finite: bool
+    """Whether that is finite on every rank."""
     stop_asked: bool
     """Whether any rank was asked to stop, or could not write a checkpoint in the background."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launches import PROMISED, assert_same_run, launch, tolerance_of, write_case
+from launches import IN_FP64, PROMISED, assert_same_run, launch, tolerance_of, write_case
 
 from mambatrain.runs.checkpoint import find_damage, list_checkpoints
 from mambatrain.runs.checkpoint_tensors import model_files, read_model_tensors
@@ -16,6 +16,7 @@ from mambatrain.runs.weights import read_weights
 
 CASES: dict[str, dict[str, Any]] = {
     **PROMISED,
+    "carried-fp64": {**IN_FP64, "data__carry_state": True},
     "recomputed-fp64": {"training__precision": "fp64", "training__activation_checkpointing": "every_block"},
     "schedule-free-fp64": {
         "training__precision": "fp64",
@@ -31,10 +32,10 @@ DIVISIONS = {"full over 2": (2, "full"), "full over 4": (4, "full"), "2 groups o
 CASES_OF = {
     "one": list(CASES),
     "full over 2": list(CASES),
-    "full over 4": ["mamba1-fp64"],
-    "2 groups of 2": [*PROMISED, "mamba2-fp32"],
+    "full over 4": ["carried-fp64"],
+    "2 groups of 2": [*PROMISED, "carried-fp64", "mamba2-fp32"],
 }
-MOVED = "mamba1-fp64"
+MOVED = "carried-fp64"
 MOVES = {  # from a division to another, behind its first checkpoint
     "sharded to one process": ("full over 2", 1, "no"),
     "sharded to 4 processes with a copy each": ("full over 2", 4, "no"),

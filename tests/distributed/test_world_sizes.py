@@ -49,6 +49,13 @@ CASES["mixture-fp64"] = {
         }
     ],
 }
+CASES["carried-fp64"] = {
+    "training__precision": "fp64",
+    "training__micro_batch_rows": 1,
+    "training__segment_tokens": 7,
+    "data__carry_state": True,
+}
+MOVED = ("mixture-fp64", "carried-fp64")
 # Pairs, each a row; their reference is what 2 processes made of the first case.
 CASES["preferences-fp64"] = {
     "training__precision": "fp64",
@@ -58,7 +65,6 @@ CASES["preferences-fp64"] = {
     "data": {"chats": {"files": ["{pairs}"], "format": "preference", "held_out": 0.3}, "row_tokens": 80},
     "preferences": {"beta": 0.5},
 }
-MOVED = "mixture-fp64"
 PAIRS = [
     {"prompt": f"{a} {b}?", "chosen": f"yes, {b}", "rejected": f"no, {a} " * n}
     for n, a in enumerate(("one", "two", "three"), 1)
@@ -69,7 +75,7 @@ RESUMED = "short-fp32"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
-    """RUNS/WORLD_SIZE/CASE of every case, and RUNS/WORLD_SIZE/moved resumed from step 4 of 2 processes."""
+    """RUNS/WORLD_SIZE/CASE of every case, and RUNS/WORLD_SIZE/moved-CASE resumed from step 4 of 2 processes."""
     folder = tmp_path_factory.mktemp("worlds")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     recipes = {name: write_case(folder / f"{name}.yaml", tiny_shards, changes) for name, changes in CASES.items()}
@@ -81,12 +87,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
             for name in CASES
         ]
         next(case for case in cases if "preferences" in case["recipe"])["weights"] = str(folder / "2" / "mamba1-fp64")
-        if world_size != 2:
-            moved = folder / str(world_size) / "moved"
-            shutil.copytree(folder / "2" / MOVED, moved)
+        for name in MOVED if world_size != 2 else ():
+            moved = folder / str(world_size) / f"moved-{name}"
+            shutil.copytree(folder / "2" / name, moved)
             for checkpoint in list_checkpoints(moved)[1:]:
                 shutil.rmtree(checkpoint)
-            cases.append({"recipe": str(recipes[MOVED]), "run": str(moved), "resume": "required"})
+            cases.append({"recipe": str(recipes[name]), "run": str(moved), "resume": "required"})
         launch(world_size, cases, folder)
     # One more launch: a process that goes on must sum over ranks in the same order as one that never stopped.
     again = folder / "4" / "again"
@@ -113,18 +119,23 @@ def test_draws_are_judged_alike_on_any_number_of_processes(runs: Path) -> None:
     assert skipped_draws(runs / "2" / "guarded-fp64") == skipped_draws(runs / "4" / "guarded-fp64") == alone
 
 
+@pytest.mark.parametrize("case", MOVED)
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_a_run_of_2_processes_goes_on_with_another_number(runs: Path, world_size: int) -> None:
-    assert losses(runs / str(world_size) / "moved") == pytest.approx(losses(runs / "2" / MOVED), rel=1e-10)
-    final = [
-        load_file(list_checkpoints(runs / place)[-1] / "model.safetensors")
-        for place in (f"{world_size}/moved", f"2/{MOVED}")
-    ]
-    for name, value in final[0].items():
-        assert value == pytest.approx(final[1][name], rel=1e-8, abs=1e-10), name
+def test_a_run_of_2_processes_goes_on_with_another_number(runs: Path, world_size: int, case: str) -> None:
+    places = (f"{world_size}/moved-{case}", f"2/{case}")
+    assert losses(runs / places[0]) == pytest.approx(losses(runs / places[1]), rel=1e-10)
+    assert (list_checkpoints(runs / places[0])[-1] / "extra.safetensors").is_file() == (case == "carried-fp64")
+    for file in ["model.safetensors"] + ["extra.safetensors"] * (case == "carried-fp64"):
+        found, wanted = (load_file(list_checkpoints(runs / place)[-1] / file) for place in places)
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            assert value == pytest.approx(wanted[name], rel=1e-8, abs=1e-10), name
 
 
-@pytest.mark.parametrize("place", ["1/mixture-fp64", "2/mixture-fp64", "4/mixture-fp64", "1/moved", "4/moved"])
+@pytest.mark.parametrize(
+    "place",
+    [f"{world_size}/mixture-fp64" for world_size in (1, 2, 4)] + ["1/moved-mixture-fp64", "4/moved-mixture-fp64"],
+)
 def test_each_process_count_logs_the_rows_that_data_show_shows(runs: Path, place: str) -> None:
     run = runs / place
     order = open_training_data(read_recipe(str(run / "recipe.yaml")), may_write=False).order
