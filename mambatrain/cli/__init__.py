@@ -21,6 +21,7 @@ from mambatrain.cli.export import export
 from mambatrain.cli.generate import generate
 from mambatrain.cli.kernels import kernels_app
 from mambatrain.cli.plain_help import PlainCommand
+from mambatrain.cli.plan import plan
 from mambatrain.cli.recipes import recipes_app
 from mambatrain.cli.runs import runs_app
 from mambatrain.cli.slurm import slurm
@@ -49,6 +50,7 @@ app.command(cls=PlainCommand, short_help="Measure a run or weights.")(evaluate)
 app.command(cls=PlainCommand, short_help="Continue a prompt.")(generate)
 app.command(cls=PlainCommand, short_help="Talk with a model.")(chat)
 app.command(cls=PlainCommand, short_help="Write weights that other tools open.")(export)
+app.command(cls=PlainCommand, short_help="Say what a recipe costs, before it starts.")(plan)
 app.command(cls=PlainCommand, short_help="Say what works on this machine.")(doctor)
 app.command(cls=PlainCommand, short_help="Print a SLURM script for a recipe.")(slurm)
 app.add_typer(tokenizer_app, name="tokenizer")

@@ -46,7 +46,7 @@ def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, share: RowS
     precision = resolve_precision(recipe.training.precision, device)
     asked = recipe.training.micro_batch_rows
     if asked == "auto":
-        asked = choose_micro_batch_rows(recipe, rows, device, share.num_parts)
+        asked = choose_micro_batch_rows(recipe, rows, available_memory_bytes(device), share.num_parts)
     return Resolved(precision, min(rows, asked))
 
 
@@ -89,7 +89,7 @@ def refuse_changed_origin(folder: RunFolder, facts: dict[str, Any], data_digest:
             )
 
 
-def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device, num_parts: int = 1) -> int:
+def choose_micro_batch_rows(recipe: Recipe, rows: int, free_bytes: int, num_parts: int = 1) -> int:
     """The largest divisor of a rank's rows whose activations fill at most half of the memory that is free.
 
     Per token and layer about 40 d_model + 20 E bytes are kept for the backward pass in mixed precision, twice that in
@@ -102,7 +102,7 @@ def choose_micro_batch_rows(recipe: Recipe, rows: int, device: torch.device, num
     kept = (model.num_layers - recomputed) * per_layer + recomputed * 4 * model.d_model
     kept += per_layer if recomputed else 0  # one block at a time is whole again
     states = 16 * count_parameters(model)["total"]  # weights, gradients, two moments
-    room = max(0.0, 0.5 * (available_memory_bytes(device) - states))
+    room = max(0.0, 0.5 * (free_bytes - states))
     segment, row = recipe.training.segment_tokens, -(-recipe.data.row_tokens // num_parts)
     kept_of_row = kept * min(segment or row, row)
     if segment is not None:  # with the fp32 states between segments

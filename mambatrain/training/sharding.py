@@ -25,17 +25,19 @@ if TYPE_CHECKING:
     from mambatrain.recipe import Recipe
 
 
-def num_shards(asked: str, num_processes: int) -> int:
+def num_shards(asked: str, num_processes: int, processes_per_node: int | None = None) -> int:
     """How many ranks share one copy of the model; 1 is DDP.
 
     Args:
         asked: `no`, `full` (all ranks), `node` (those of a machine), or a number.
         num_processes: of the run.
+        processes_per_node: None: of this machine, as torchrun says.
 
     Raises:
         UserError: it is none of these, or does not divide the processes.
     """
-    numbers = {"no": 1, "full": num_processes, "node": int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
+    per_node = processes_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    numbers = {"no": 1, "full": num_processes, "node": per_node}
     if asked not in numbers and not asked.isdecimal():
         raise UserError(f"--shard {asked} is none of no, full, node or a number", "--shard full divides it over all")
     shards = numbers[asked] if asked in numbers else int(asked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -66,6 +68,17 @@ def selective_scan(
     keep_entries = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     out, state, _ = _forward_operator(u, dt, A, B, C, D, z, dt_bias, boundaries, initial_state, keep_entries)
     return out, state
+
+
+@contextmanager
+def keeping_as_on(device_type: str) -> Iterator[None]:
+    """Within, a scan of fake tensors keeps for its backward pass what it keeps on that device; to plan for another."""
+    own = IMPLEMENTATIONS["cpu"]
+    IMPLEMENTATIONS["cpu"] = IMPLEMENTATIONS[device_type]
+    try:
+        yield
+    finally:
+        IMPLEMENTATIONS["cpu"] = own
 
 
 def _implementation(u: Tensor) -> ModuleType:

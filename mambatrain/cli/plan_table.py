@@ -1,0 +1,80 @@
+"""What a plan says, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from mambatrain.cli.run_tables import format_bytes
+
+if TYPE_CHECKING:
+    from mambatrain.planning.plan import Place, Plan
+    from mambatrain.recipe import Recipe
+
+NOTHING_FITS = "no setting of the plan's makes it fit: more devices with --shard full, larger ones, or a smaller model"
+_UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60))
+_MEANINGS = {
+    "weights": "",
+    "gradients": "",
+    "optimizer": "",
+    "activations": "kept for the backward pass; training.micro_batch_rows, training.activation_checkpointing",
+    "loss": "logits of a chunk, and the gradients made of them",
+    "communication": "gathered weights, and gradients on their way",
+    "holes": "freed, kept by the C library, and nothing fitted into it",
+    "process": "Python and its libraries",
+}
+
+
+def plan_lines(name: str, recipe: Recipe, place: Place, plan: Plan) -> Iterator[str]:
+    """A plan in words and columns."""
+    shared = f", {place.shards} share a copy of the model" if place.shards > 1 else ""
+    yield f"{name} on {place.num_devices:,} x {place.device.name}{shared}"
+    yield f"{place.precision}, kernels {place.backend.name}: {place.backend.reason}"
+    yield ""
+    yield "parameters"
+    for part, count in plan.parameters.items():
+        if count:
+            yield f"  {'in all' if part == 'total' else part:<15}{count:>16,}"
+    yield ""
+    yield "training"
+    yield f"  {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens: {plan.total_tokens:,} tokens"
+    yield (
+        f"  each process: {plan.micro_batches_per_step:,} x {plan.micro_batch_rows:,} rows of "
+        f"{recipe.data.row_tokens:,} tokens a step"
+    )
+    yield f"  {plan.flops_per_token:.3e} FLOPs a token, {plan.total_flops:.3e} in all"
+    yield (
+        f"  {format_seconds(plan.seconds)} if {place.utilisation:.0%} of the peak is reached (an assumption: "
+        f"--utilisation), {plan.tokens_per_second:,.0f} tokens/s"
+    )
+    yield ""
+    yield "memory of each process at its fullest"
+    for part, count in asdict(plan.memory).items():
+        if count:
+            yield f"  {part:<15}{format_bytes(count):>12}  {_MEANINGS[part]}".rstrip()
+    yield f"  {'in all':<15}{format_bytes(plan.memory.total):>12}"
+    yield ""
+    if plan.traffic:
+        yield "between processes, in each step"
+        for one in plan.traffic:
+            times = f"{one.count:>6,} times" if one.count else "in buckets"
+            yield f"  {one.kind:<15}{format_bytes(one.num_bytes):>12}  {times}"
+        yield f"  {'sent by each':<15}{format_bytes(plan.sent_bytes_per_step):>12}"
+        yield ""
+    yield "disk"
+    yield f"  {'tokens':<15}{format_bytes(plan.shard_bytes):>12}  if each is drawn once"
+    kept, each = plan.checkpoints_kept, plan.checkpoint_bytes
+    yield f"  {'checkpoints':<15}{format_bytes(kept * each):>12}  at most {kept} of {format_bytes(each)}"
+    yield ""
+    usable, total = format_bytes(plan.usable_bytes), format_bytes(plan.memory.total)
+    if plan.fits:
+        yield f"It fits: {total} of {usable} that a process may fill."
+    else:
+        yield f"It does not fit: {total}, and a process may fill {usable}."
+        yield f"Change: {plan.change or NOTHING_FITS}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`3.2 hours`: the largest unit of which there is one."""
+    return next((f"{seconds / size:.1f} {unit}" for unit, size in _UNITS if seconds >= size), f"{seconds:.1f} seconds")

@@ -1,0 +1,108 @@
+"""Memory of one process at its fullest moment, by part."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from mambatrain.models.parameters import parameter_rows
+from mambatrain.planning.sharding import gathered_at_once, units_of
+from mambatrain.training.step_trace import trace_steps
+
+if TYPE_CHECKING:
+    from mambatrain.devices import Precision
+    from mambatrain.planning.plan import Place
+    from mambatrain.recipe import Recipe
+
+# Resident size of a process that has imported what training imports (Python 3.11, torch 2.13 for CPUs, Linux), before
+# it has a model: tests/long/plan_against_peak.py measures it. What a GPU's context takes was not measured.
+PROCESS_BYTES_ON_CPU = 446_000_000
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a process at its fullest moment."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What layers keep for the backward pass, and what the one at work takes beside."""
+    loss: int
+    """Logits of a chunk, gradients of the hidden states and of the head before they are handed on."""
+    communication: int
+    """DDP's copy of the gradients; of a divided model the units that are gathered, and gradients on their way."""
+    holes: int
+    """Freed memory that the C library keeps and nothing fitted into; on CPUs alone."""
+    process: int
+    """Python and the libraries; on CPUs alone."""
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def plan_memory(recipe: Recipe, place: Place, rows: int, micro_batch_rows: int) -> MemoryPlan:
+    """
+    Args:
+        recipe: what is trained.
+        place: where.
+        rows: of a process in a step.
+        micro_batch_rows: of them at once.
+    """
+    from mambatrain.ops.native.selective_scan import keeping_as_on
+
+    num_micro_batches = -(-rows // micro_batch_rows)
+    is_sharded = place.shards > 1
+    with nullcontext() if place.is_cpu else keeping_as_on("cuda"):
+        trace = trace_steps(recipe, place.backend, place.precision, micro_batch_rows, num_micro_batches, is_sharded)
+    process = PROCESS_BYTES_ON_CPU if place.is_cpu else 0
+    if is_sharded:
+        own = trace.fullest(without=("weights", "gradients", "optimizer"))
+        return _of_a_shard(recipe, place, num_micro_batches, own["activations"], own.get("loss", 0), process)
+    parts = trace.fullest()
+    weights = parts["weights"]
+    return MemoryPlan(
+        weights=weights,
+        gradients=parts.get("gradients", 0),
+        optimizer=parts.get("optimizer", 0),
+        activations=parts.get("activations", 0),
+        loss=parts.get("loss", 0),
+        communication=weights if place.num_devices > 1 else 0,
+        holes=max(0, trace.heap_bytes() - sum(parts.values())) if place.is_cpu else 0,
+        process=process,
+    )
+
+
+def _of_a_shard(
+    recipe: Recipe, place: Place, num_micro_batches: int, activations: int, loss: int, process: int
+) -> MemoryPlan:
+    """Gradients of all but the last micro-batch are added up undivided: that spares communication, not memory."""
+    units = units_of(recipe, place.precision, place.shards)
+    width = 8 if place.precision == "fp64" else 4
+    shard = sum(unit.shard for unit in units)
+    whole = sum(unit.numbers for unit in units)
+    largest = max(unit.numbers for unit in units)
+    return MemoryPlan(
+        weights=shard * width,
+        gradients=(shard + (whole if num_micro_batches > 1 else 0)) * width,
+        optimizer=optimizer_bytes(recipe, place.precision, place.shards),
+        activations=activations,
+        loss=loss,
+        communication=sum(gathered_at_once(units)) + 2 * largest * width,
+        holes=0,
+        process=process,
+    )
+
+
+def optimizer_bytes(recipe: Recipe, precision: Precision, shards: int = 1) -> int:
+    """Of one rank: two moments of each parameter, Muon's matrices one; a shard's rows where the model is divided."""
+    width = 2 if recipe.optimizer.state_precision == "bf16" else 8 if precision == "fp64" else 4
+    total = 0
+    for row in parameter_rows(recipe.model).values():
+        shape = row.shape(recipe.model)
+        moments = 1 if recipe.optimizer.kind == "muon" and row.is_matrix else 2
+        total += moments * -(-shape[0] // shards) * math.prod(shape[1:]) * width
+    return total

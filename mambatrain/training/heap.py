@@ -1,0 +1,76 @@
+"""How far the C library's heap grows for a sequence of tensors: bytes in use, and holes that none of them fitted.
+
+Training on a CPU keeps the memory that tensors free (`devices.keep_freed_memory`), so the heap never shrinks and its
+resident size is the furthest that it reached. glibc (malloc/malloc.c, 2.36) takes the smallest hole that is large enough,
+cuts off what it does not need and joins neighbours that are free; where no hole is, the heap grows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+
+HEADER = 8
+GRAIN = 16
+# For a tensor (posix_memalign) a hole must hold the alignment and a smallest chunk beside it, which are then given back:
+# a hole that a tensor has left is too small for the next one of its size, unless a neighbour is free, too.
+BESIDE_ALIGNED = 64 + 32
+
+
+class Heap:
+    """Places and sizes alone; no memory is taken."""
+
+    def __init__(self) -> None:
+        self.top = 0
+        """Bytes that it reached."""
+        self._blocks: dict[int, tuple[int, int]] = {}  # block -> place and size
+        self._holes: list[tuple[int, int]] = []  # (size, place), sorted: the best fit is found by bisection
+        self._starts: dict[int, int] = {}  # place -> size of a hole
+        self._ends: dict[int, int] = {}  # end -> place of a hole
+
+    def take(self, block: int, num_bytes: int) -> None:
+        """A tensor of so many bytes comes to life; `block` is any number that is not in use."""
+        size = -(-(num_bytes + HEADER) // GRAIN) * GRAIN
+        asked = size + BESIDE_ALIGNED
+        index = bisect_left(self._holes, (asked, -1))
+        if index < len(self._holes):
+            hole, place = self._holes[index]
+            self._drop(place, hole)
+        else:
+            place, hole = self.top, asked
+            if place in self._ends:  # a hole at the end is lengthened
+                place = self._ends[place]
+                self._drop(place, self.top - place)
+            self.top = place + asked
+        self._add(place + size, hole - size)
+        self._blocks[block] = place, size
+
+    def give(self, block: int) -> None:
+        """The tensor dies."""
+        place, size = self._blocks.pop(block)
+        if (after := self._starts.get(place + size)) is not None:
+            self._drop(place + size, after)
+            size += after
+        if (before := self._ends.get(place)) is not None:
+            self._drop(before, place - before)
+            size += place - before
+            place = before
+        self._add(place, size)
+
+    def _add(self, place: int, size: int) -> None:
+        insort(self._holes, (size, place))
+        self._starts[place], self._ends[place + size] = size, place
+
+    def _drop(self, place: int, size: int) -> None:
+        del self._holes[bisect_left(self._holes, (size, place))], self._starts[place], self._ends[place + size]
+
+
+def reach(requests: Iterable[tuple[int, int]]) -> int:
+    """Bytes that a heap reaches for (block, bytes) in order; bytes below 0 give the block back."""
+    heap = Heap()
+    for block, num_bytes in requests:
+        if num_bytes < 0:
+            heap.give(block)
+        else:
+            heap.take(block, num_bytes)
+    return heap.top

@@ -1,0 +1,181 @@
+"""What a process holds in each moment of training, found by running the training step itself without memory.
+
+Model, loss, backward pass and optimizer run on fake tensors (shapes and dtypes, no bytes) while every storage that comes
+to life or dies is written down. So the figures follow the code as it is, whatever an operator keeps for its backward
+pass; nothing here has to be kept in step with it. A 7B model takes seconds.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mambatrain.adapters.trained import whole_model
+from mambatrain.devices import Precision
+from mambatrain.models.language_model import LanguageModel
+from mambatrain.models.parameters import parameter_shapes
+from mambatrain.ops.backends import Backend
+from mambatrain.recipe import Recipe
+from mambatrain.training.build import parameter_dtype
+from mambatrain.training.heap import reach
+from mambatrain.training.optimizer import build_optimizers
+
+Part = Literal["weights", "gradients", "optimizer", "activations", "loss"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A storage comes to life, or dies."""
+
+    block: int
+    """Which; each has a number of its own."""
+    num_bytes: int
+    """Below 0 where it dies."""
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Two steps: the optimizer's state is made at the end of the first, so the second is the fullest there will be."""
+
+    events: list[Event]
+    parts: dict[int, Part]
+    """Block -> what it is."""
+
+    def fullest(self, without: tuple[Part, ...] = ()) -> dict[Part, int]:
+        """Bytes by part in the moment in which all of them, but for those left out, are most."""
+        now: Counter[Part] = Counter()
+        most, fullest = 0, dict(now)
+        for event in self.events:
+            if (part := self.parts[event.block]) not in without:
+                now[part] += event.num_bytes
+                if now.total() > most:
+                    most, fullest = now.total(), dict(now)
+        return fullest
+
+    def heap_bytes(self) -> int:
+        """What the heap of a process on a CPU comes to, with the holes that nothing fitted."""
+        return reach((event.block, event.num_bytes) for event in self.events)
+
+
+class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down the storages that operators make, and their ends."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.events: list[Event] = []
+        self.parts: dict[int, Part] = {}
+        self.now: Part = "activations"
+        """What a storage is that is made now, unless `name` says another thing later."""
+        self._alive: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], FakeTensor):
+            # What fakes cannot answer. Every position counts for the loss, and no document starts within a row.
+            if func is torch.ops.aten.nonzero.default:
+                return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return False if args[0].dtype == torch.bool else 1
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._note(result.untyped_storage())
+        return results
+
+    def name(self, tensor: Tensor | None, part: Part) -> None:
+        """Says what a tensor's storage has been since it was made."""
+        if tensor is not None and (known := self._alive.get(id(tensor.untyped_storage()))):
+            self.parts[known[0]] = part
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = id(storage), storage.nbytes()
+        if key in self._alive or not num_bytes:
+            return
+        block = len(self.parts)
+
+        def forget(_: object) -> None:
+            del self._alive[key]
+            self.events.append(Event(block, -num_bytes))
+
+        self._alive[key] = block, weakref.ref(storage, forget)
+        self.parts[block] = self.now
+        self.events.append(Event(block, num_bytes))
+
+
+def trace_steps(
+    recipe: Recipe,
+    backend: Backend,
+    precision: Precision,
+    micro_batch_rows: int,
+    num_micro_batches: int,
+    is_sharded: bool = False,
+) -> StepTrace:
+    """Runs two steps of one process without memory.
+
+    Args:
+        recipe: what is trained.
+        backend: whose operators; on CPUs and GPUs those of the same name keep the same.
+        precision: of matrix products.
+        micro_batch_rows: rows at once.
+        num_micro_batches: of a step; all from the second on are alike, so that two are run at most.
+        is_sharded: whether matrices come gathered in the precision that they are multiplied in, as `shard_model` has
+            it; weights, gradients and optimizer are then not what a rank holds.
+    """
+    with FakeTensorMode(), StorageLog() as log:
+        model = _build(recipe, backend, precision, log)
+        if is_sharded and precision == "bf16":
+            _narrow_matrices(model)
+        trained = whole_model(model)
+        optimizers = build_optimizers(trained, recipe.optimizer)
+        tokens = torch.zeros(micro_batch_rows, recipe.data.row_tokens, dtype=torch.int64)
+        boundaries = torch.zeros(tokens.shape, dtype=torch.bool)
+        autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+        with autocast, torch.no_grad():  # held-out loss at step 0: the holes that it leaves stay
+            model.summed_loss(tokens, boundaries, tokens)
+        log.now = "activations"
+        for _ in range(2):
+            for _ in range(min(2, num_micro_batches)):
+                with autocast:
+                    loss = model.summed_loss(tokens, boundaries, tokens)
+                log.now = "activations"
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+                for parameter in trained.parameters.values():
+                    log.name(parameter.grad, "gradients")
+            log.now = "optimizer"
+            for optimizer in optimizers:
+                optimizer.step()
+            log.now = "activations"
+            model.zero_grad(set_to_none=True)
+    return StepTrace(log.events, log.parts)
+
+
+def _build(recipe: Recipe, backend: Backend, precision: Precision, log: StorageLog) -> LanguageModel:
+    """In the dtype of its parameters from the start: those of fake tensors cannot be cast afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(parameter_dtype(precision))
+    log.now = "weights"
+    try:
+        model = LanguageModel(recipe.model, backend)
+    finally:
+        torch.set_default_dtype(before)
+    log.now = "activations"
+    for shape in parameter_shapes(recipe.model).values():  # the first values, which are made beside it one by one
+        torch.empty(shape, dtype=torch.float32)
+    model.recompute_every = recipe.recompute_every
+    model.norm_f.register_forward_hook(lambda *_: setattr(log, "now", "loss"))
+    return model
+
+
+def _narrow_matrices(model: LanguageModel) -> None:
+    for module in model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(torch.empty_like(module.weight, dtype=torch.bfloat16))
