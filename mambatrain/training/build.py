@@ -16,7 +16,7 @@ from mambatrain.recipe import Recipe
 from mambatrain.runs.weights import Weights
 from mambatrain.training.objective import NextTokenLoss
 from mambatrain.training.preference_loss import PreferenceLoss
-from mambatrain.training.sharding import fill, shard_model
+from mambatrain.training.sharding import fill, make_mesh, shard_model
 
 
 def build_objective(
@@ -67,7 +67,7 @@ def build_model(
     model.recompute_every = recipe.recompute_every
     model.segment_tokens = recipe.training.segment_tokens or 0
     if shards > 1:
-        shard_model(model, shards, device.type, precision)
+        shard_model(model, make_mesh(shards, device.type), precision)
     return model.to_empty(device=device)
 
 

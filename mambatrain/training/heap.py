@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 HEADER = 8
 GRAIN = 16
-# For a tensor (posix_memalign) a hole must hold the alignment and a smallest chunk beside it, which are then given back:
-# a hole that a tensor has left is too small for the next one of its size, unless a neighbour is free, too.
+# For a tensor (posix_memalign) a hole must hold the alignment and a smallest chunk beside it, which are then given
+# back: the hole that a tensor leaves is too small for the next one of its size, unless a neighbour is free, too.
 BESIDE_ALIGNED = 64 + 32
 
 

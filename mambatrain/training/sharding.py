@@ -18,6 +18,7 @@ from mambatrain.errors import UserError
 from mambatrain.models.parameters import parameter_rows
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
     from mambatrain.devices import Precision
@@ -65,22 +66,26 @@ def refuse_with_shards(recipe: Recipe, asked: str) -> None:
         raise UserError(f"--shard {asked} does not go with {', '.join(named)}", "leave one of them out")
 
 
-def shard_model(model: LanguageModel, shards: int, device_type: str, precision: Precision) -> None:
-    """Divides a model on the meta device over `shards` neighbouring ranks; its values are filled in afterwards.
+def make_mesh(shards: int, device_type: str) -> DeviceMesh:
+    """Groups of `shards` neighbouring ranks, each of which is to hold the model once."""
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+
+    groups = get_world_size() // shards
+    if groups == 1:
+        return init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (groups, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_model(model: LanguageModel, mesh: DeviceMesh, precision: Precision) -> None:
+    """Divides a model without values over the ranks of a mesh; they are filled in afterwards.
 
     Under bf16 the matrices of a block are gathered in bf16 and their gradients summed in fp32. What the parameter table
     keeps in fp32, and the small matrices beside it, form a unit of their own that nothing casts. The embedding lies in
     the root's unit: a tied head finds it gathered.
     """
-    from torch.distributed import get_world_size
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    groups = get_world_size() // shards
-    if groups == 1:
-        mesh = init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device_type, (groups, shards), mesh_dim_names=("replicate", "shard"))
     narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     rows = parameter_rows(model.section)
     for index, layer in enumerate(model.layers):

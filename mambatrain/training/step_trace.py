@@ -1,7 +1,7 @@
 """What a process holds in each moment of training, found by running the training step itself without memory.
 
-Model, loss, backward pass and optimizer run on fake tensors (shapes and dtypes, no bytes) while every storage that comes
-to life or dies is written down. So the figures follow the code as it is, whatever an operator keeps for its backward
+Model, loss, backward pass and optimizer run on fake tensors (shapes and dtypes, no bytes) while every storage that
+comes to life or dies is written down. So the figures follow the code as it is, whatever an operator keeps for its backward
 pass; nothing here has to be kept in step with it. A 7B model takes seconds.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,6 +95,10 @@ class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor is not None and (known := self._alive.get(id(tensor.untyped_storage()))):
             self.parts[known[0]] = part
 
+    def trace(self) -> StepTrace:
+        """What was written down."""
+        return StepTrace(self.events, self.parts)
+
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, num_bytes = id(storage), storage.nbytes()
         if key in self._alive or not num_bytes:
@@ -130,20 +134,19 @@ def trace_steps(
             it; weights, gradients and optimizer are then not what a rank holds.
     """
     with FakeTensorMode(), StorageLog() as log:
-        model = _build(recipe, backend, precision, log)
+        model = build_fake_model(recipe, backend, precision, log)
         if is_sharded and precision == "bf16":
             _narrow_matrices(model)
         trained = whole_model(model)
         optimizers = build_optimizers(trained, recipe.optimizer)
         tokens = torch.zeros(micro_batch_rows, recipe.data.row_tokens, dtype=torch.int64)
         boundaries = torch.zeros(tokens.shape, dtype=torch.bool)
-        autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-        with autocast, torch.no_grad():  # held-out loss at step 0: the holes that it leaves stay
+        with autocast_of(precision), torch.no_grad():  # held-out loss at step 0: the holes that it leaves stay
             model.summed_loss(tokens, boundaries, tokens)
         log.now = "activations"
         for _ in range(2):
             for _ in range(min(2, num_micro_batches)):
-                with autocast:
+                with autocast_of(precision):
                     loss = model.summed_loss(tokens, boundaries, tokens)
                 log.now = "activations"
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -155,11 +158,14 @@ def trace_steps(
                 optimizer.step()
             log.now = "activations"
             model.zero_grad(set_to_none=True)
-    return StepTrace(log.events, log.parts)
+    return log.trace()
 
 
-def _build(recipe: Recipe, backend: Backend, precision: Precision, log: StorageLog) -> LanguageModel:
-    """In the dtype of its parameters from the start: those of fake tensors cannot be cast afterwards."""
+def build_fake_model(recipe: Recipe, backend: Backend, precision: Precision, log: StorageLog) -> LanguageModel:
+    """The recipe's model without memory, under FakeTensorMode; from its last norm on, `log` counts for the loss.
+
+    In the dtype of its parameters from the start: those of fake tensors cannot be cast afterwards.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(parameter_dtype(precision))
     log.now = "weights"
@@ -173,6 +179,11 @@ def _build(recipe: Recipe, backend: Backend, precision: Precision, log: StorageL
     model.recompute_every = recipe.recompute_every
     model.norm_f.register_forward_hook(lambda *_: setattr(log, "now", "loss"))
     return model
+
+
+def autocast_of(precision: Precision) -> AbstractContextManager[object]:
+    """What Accelerate wraps forward in."""
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def _narrow_matrices(model: LanguageModel) -> None:

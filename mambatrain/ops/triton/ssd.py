@@ -133,8 +133,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    _x, _dt, A, _B, _C, D, dt_bias, _boundaries, initial_state = ctx.saved_tensors
-    dx, ddt, dA, dB, dC, dD, dbias, dinitial = _backward_operator(grad_y, grad_state, *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # once: what activation checkpointing computes again is handed out a single time
+    _x, _dt, A, _B, _C, D, dt_bias, _boundaries, initial_state = saved
+    dx, ddt, dA, dB, dC, dD, dbias, dinitial = _backward_operator(grad_y, grad_state, *saved)
     return (
         dx,
         ddt,
