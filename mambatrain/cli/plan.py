@@ -48,6 +48,14 @@ def plan(
             callback=within(lambda fraction: 0.0 < fraction <= 1.0, "above 0 and at most 1"),
         ),
     ] = DEFAULT_UTILISATION,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Also build one rank of the divided model without memory, run a step, and count what it holds and "
+            "sends; needs --shard.",
+        ),
+    ] = False,
     json_wanted: Annotated[bool, typer.Option("--json", help="Write the plan as JSON.")] = False,
 ) -> None:
     """Say what a recipe costs before it starts: parameters, FLOPs, memory by part, time, disk, and whether it fits.
@@ -56,18 +64,24 @@ def plan(
     """
     import json
 
-    from mambatrain.cli.plan_table import plan_lines
+    from mambatrain.cli.plan_table import dry_run_lines, plan_lines
+    from mambatrain.errors import UserError
     from mambatrain.planning.plan import make_plan
     from mambatrain.recipe import read_recipe
 
     read = read_recipe(recipe, overrides)
     place = find_place(read, gpus, gpu.value, gpus_per_node, shard, kernels.value, utilisation)
+    if dry_run and place.shards == 1:
+        raise UserError("--dry-run divides a model over ranks, and --shard does not say how", "add --shard full")
     made = make_plan(read, place)
-    if json_wanted:
-        print(json.dumps(made.as_json(), indent=2))
-        return
-    for line in plan_lines(recipe, read, place, made):
-        print(line)
+    content, lines = made.as_json(), list(plan_lines(recipe, read, place, made))
+    if dry_run:
+        from mambatrain.planning.dry_run import run_dry
+
+        counted = run_dry(read, place, made.micro_batch_rows, made.micro_batches_per_step)
+        content["dry_run"] = counted.as_json()
+        lines += dry_run_lines(counted)
+    print(json.dumps(content, indent=2) if json_wanted else "\n".join(lines))
 
 
 def find_place(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mambatrain.cli.run_tables import format_bytes
 
 if TYPE_CHECKING:
+    from mambatrain.planning.dry_run import DryRun
     from mambatrain.planning.plan import Place, Plan
     from mambatrain.recipe import Recipe
 
@@ -73,6 +74,16 @@ def plan_lines(name: str, recipe: Recipe, place: Place, plan: Plan) -> Iterator[
     else:
         yield f"It does not fit: {total}, and a process may fill {usable}."
         yield f"Change: {plan.change or NOTHING_FITS}"
+
+
+def dry_run_lines(counted: DryRun) -> Iterator[str]:
+    """What one rank of a fake cluster held and took part in."""
+    yield ""
+    yield f"dry run of one of {counted.num_devices:,} ranks, {counted.shards} to a copy of the model: counted"
+    for part in ("weights", "gradients", "optimizer"):
+        yield f"  {part:<15}{format_bytes(getattr(counted, part)):>12}"
+    for one in counted.traffic:
+        yield f"  {one.kind:<15}{format_bytes(one.num_bytes):>12}  {one.count:>6,} times a step"
 
 
 def format_seconds(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 Training on a CPU keeps the memory that tensors free (`devices.keep_freed_memory`), so the heap never shrinks and its
 resident size is the furthest that it reached. glibc (malloc/malloc.c, 2.36) takes the smallest hole that is large enough,
-cuts off what it does not need and joins neighbours that are free; where no hole is, the heap grows.
+cuts off what it does not need and joins neighbours that are free; where no hole is, what lies behind the last block.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ class Heap:
     """Places and sizes alone; no memory is taken."""
 
     def __init__(self) -> None:
-        self.top = 0
-        """Bytes that it reached."""
+        self.reached = 0
+        """Bytes, at the furthest."""
+        self._end = 0  # behind the last block: what is free there is taken where no hole fits
         self._blocks: dict[int, tuple[int, int]] = {}  # block -> place and size
         self._holes: list[tuple[int, int]] = []  # (size, place), sorted: the best fit is found by bisection
         self._starts: dict[int, int] = {}  # place -> size of a hole
@@ -31,18 +32,14 @@ class Heap:
     def take(self, block: int, num_bytes: int) -> None:
         """A tensor of so many bytes comes to life; `block` is any number that is not in use."""
         size = -(-(num_bytes + HEADER) // GRAIN) * GRAIN
-        asked = size + BESIDE_ALIGNED
-        index = bisect_left(self._holes, (asked, -1))
+        index = bisect_left(self._holes, (size + BESIDE_ALIGNED, -1))
         if index < len(self._holes):
             hole, place = self._holes[index]
             self._drop(place, hole)
+            self._add(place + size, hole - size)
         else:
-            place, hole = self.top, asked
-            if place in self._ends:  # a hole at the end is lengthened
-                place = self._ends[place]
-                self._drop(place, self.top - place)
-            self.top = place + asked
-        self._add(place + size, hole - size)
+            place, self._end = self._end, self._end + size
+            self.reached = max(self.reached, self._end + BESIDE_ALIGNED)
         self._blocks[block] = place, size
 
     def give(self, block: int) -> None:
@@ -55,7 +52,10 @@ class Heap:
             self._drop(before, place - before)
             size += place - before
             place = before
-        self._add(place, size)
+        if place + size == self._end:
+            self._end = place
+        else:
+            self._add(place, size)
 
     def _add(self, place: int, size: int) -> None:
         insort(self._holes, (size, place))
@@ -73,4 +73,4 @@ def reach(requests: Iterable[tuple[int, int]]) -> int:
             heap.give(block)
         else:
             heap.take(block, num_bytes)
-    return heap.top
+    return heap.reached
