@@ -1,8 +1,8 @@
 """What a process holds in each moment of training, found by running the training step itself without memory.
 
 Model, loss, backward pass and optimizer run on fake tensors (shapes and dtypes, no bytes) while every storage that
-comes to life or dies is written down. So the figures follow the code as it is, whatever an operator keeps for its backward
-pass; nothing here has to be kept in step with it. A 7B model takes seconds.
+comes to life or dies is written down. So the figures follow the code as it is, whatever an operator keeps for its
+backward pass; nothing here has to be kept in step with it. A 7B model takes seconds.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def trace_steps(
                 optimizer.step()
             log.now = "activations"
             model.zero_grad(set_to_none=True)
-    return log.trace()
+    trace: StepTrace = log.trace()
+    return trace
 
 
 def build_fake_model(recipe: Recipe, backend: Backend, precision: Precision, log: StorageLog) -> LanguageModel:

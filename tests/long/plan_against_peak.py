@@ -5,8 +5,9 @@
 
 Each case trains two steps in a fresh process on tokens of the standard library. Measured is the process's highest
 resident size less what was resident after the imports, those included that training makes on its way, and a first step
-of a model of some kilobytes; the plan, without its line for the process itself, is right where it lies within 10%. Cases peak between 1 and 4 GB and take a minute each
-on two cores. Ends with 1 where a plan is wrong; prints a JSON line a case.
+of a model of some kilobytes. The plan, without its line for the process itself, is right where it lies within 10%.
+Cases peak between 1 and 4 GB and take a minute each on two cores. Ends with 1 where a plan is wrong; prints a JSON line
+a case.
 """
 
 from __future__ import annotations
