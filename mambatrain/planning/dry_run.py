@@ -1,7 +1,8 @@
 """A cluster on one machine: one rank of many, on fake tensors, in fake process groups.
 
 The real model is divided by the real `shard_model` and goes through one step; no bytes are held and nothing is sent,
-but what the rank holds and every collective is counted. What `planning/sharding.py` says by formula is checked against it.
+but what the rank holds and every collective is counted. What `planning/sharding.py` says by formula is checked against
+it.
 """
 
 from __future__ import annotations

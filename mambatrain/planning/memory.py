@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from mambatrain.planning.plan import Place
     from mambatrain.recipe import Recipe
 
-# Resident size of a process that has imported what training imports (Python 3.11, torch 2.13 for CPUs, Linux), and
-# multiplied its first matrices: tests/long/plan_against_peak.py measures it. What a GPU's context takes was not measured.
+# Resident size of a process that has imported what training imports (Python 3.11, torch 2.13 for CPUs, Linux) and
+# multiplied its first matrices: tests/long/plan_against_peak.py measures it. What a GPU's context takes was not
+# measured.
 PROCESS_BYTES_ON_CPU = 478_000_000
 
 

@@ -2,7 +2,8 @@
 
 Training on a CPU keeps the memory that tensors free (`devices.keep_freed_memory`), so the heap never shrinks and its
 resident size is the furthest that it reached. glibc (malloc/malloc.c, 2.36) takes the smallest hole that is large
-enough, cuts off what it does not need and joins neighbours that are free; where no hole is, what lies behind the last block.
+enough, cuts off what it does not need and joins neighbours that are free; where no hole is, what lies behind the last
+block.
 """
 
 from __future__ import annotations
