@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-import mambatrain
 from mambatrain.adapters.attach import describe_adapter, frozen_digest
 from mambatrain.chats.open_chats import open_chats
-from mambatrain.data.document_rows import DocumentRows
-from mambatrain.data.document_streams import DocumentStreams
-from mambatrain.data.packing import PackedWindows
-from mambatrain.data.pair_rows import PairRows
 from mambatrain.data.tokenizer import tokens_behind
 from mambatrain.data.training_data import TrainingData, open_training_data
 from mambatrain.devices import (
     DeviceName,
     choose_device,
     keep_freed_memory,
-    measure_peak_flops,
     start_accelerator,
 )
 from mambatrain.errors import UserError
 from mambatrain.files import explaining_full_disk, write_json_whole
 from mambatrain.launch import RANK_TIMEOUT_SECONDS, num_processes_expected, rank_of_process
-from mambatrain.models.flops import count_parameters, training_flops_per_token
+from mambatrain.models.flops import training_flops_per_token
 from mambatrain.models.parameters import parameter_shapes
 from mambatrain.ops.backends import Backend, choose_backend
 from mambatrain.ops.self_check import SelfCheck, check_backend
@@ -40,6 +31,7 @@ from mambatrain.runs.progress import Progress
 from mambatrain.runs.weights import Weights
 from mambatrain.training.build import build_objective, parameter_dtype
 from mambatrain.training.carried import empty_states, restore_states
+from mambatrain.training.facts import describe_run, print_facts
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
 from mambatrain.training.name_patterns import freeze_parameters, rates_of
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
@@ -166,7 +158,7 @@ def assemble(
             tracker = WandbTracker(folder, recipe.model_dump(mode="json"))
             print_fact("wandb", tracker.where)
         if not where.quiet:
-            _print_facts(recipe, folder, facts, parts.backend, progress, data)
+            print_facts(recipe, folder, facts, parts.backend, progress, data)
             if recipe.adapter is not None:
                 for line in describe_adapter(recipe.adapter, recipe.model, trained):
                     print_fact("adapter", line)
@@ -196,32 +188,6 @@ def assemble(
     return run
 
 
-def describe_run(recipe: Recipe, parts: Parts) -> dict[str, Any]:
-    """run.json: where a run runs and what it came from."""
-    device, weights = parts.accelerator.device, parts.weights
-    peak_flops, peak_source = measure_peak_flops(device, parts.resolved.precision)
-    return {
-        "mambatrain": mambatrain.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": _device_name(device),
-        "num_processes": parts.accelerator.num_processes,
-        "shards": parts.shards,
-        "sequence": parts.row_share.num_parts,
-        **asdict(parts.resolved),
-        "kernels": {
-            "backend": parts.backend.name,
-            "reason": parts.backend.reason,
-            "self_check": asdict(parts.check) | {"passed": parts.check.passed},
-        },
-        "parameters": count_parameters(recipe.model),
-        "peak_flops": peak_flops,
-        "peak_flops_source": peak_source,
-        "data_digest": parts.data.digest,
-        "started_from": None if weights is None else {"origin": weights.origin, "digest": weights.digest},
-    }
-
-
 def open_data(recipe: Recipe, weights: Weights | None, folder: RunFolder, may_write: bool) -> TrainingData:
     """The recipe's tokens, checked against the model and against the tokenizer of the starting weights."""
     data = open_training_data(recipe, may_write, folder.chats)
@@ -246,61 +212,3 @@ def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool
     share = share_of_rank(where.sequence, rank_of_process(), num_processes_expected())
     resolved = resolve(recipe, folder, device, share, fresh)
     return start_accelerator(device, resolved.precision, where.rank_timeout), resolved
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def describe_data(recipe: Recipe, data: TrainingData) -> list[str]:
-    """What a run draws from, a line each stage, and what it is measured on."""
-    lines = []
-    for stage, drawn in zip(recipe.stages, data.order.stages, strict=True):
-        shares = data.order.shares_of(stage.first_draw)
-        named = [f"{share:.1%} {name}" if len(shares) > 1 else name for name, share in shares.items()]
-        begins = f"from step {stage.first_draw + 1:,}: " if stage.first_draw else ""
-        packed = "packed " if all(isinstance(one.windows, PackedWindows) for one in drawn.sources) else ""
-        lines.append(f"{begins}{', '.join(named)}, {packed}rows of {drawn.row_tokens}")
-        for source in drawn.sources:
-            if isinstance(source.windows, DocumentRows):
-                rows = source.windows
-                lines.append(f"{source.name}: {rows.num_windows:,} documents, {rows.num_cut:,} of them cut to a row")
-            if isinstance(source.windows, DocumentStreams):
-                num_documents = source.windows.num_documents
-                lines.append(f"{source.name}: {num_documents:,} documents, followed by {drawn.rows_per_step} row slots")
-    if data.held_out is not None and isinstance(data.held_out.windows, PairRows):
-        lines[0] += f", a pair in each, {data.held_out.windows.num_windows:,} pairs held out"
-    elif data.held_out is None:
-        lines[0] += ", nothing held out"
-    else:
-        lines[0] += f", {data.held_out.num_targets:,} tokens held out"
-        if data.held_out.num_bytes is None:
-            lines.append("bits per byte is not available: nothing says how many bytes the held-out text has")
-    return lines
-
-
-def _print_facts(
-    recipe: Recipe,
-    folder: RunFolder,
-    facts: dict[str, Any],
-    backend: Backend,
-    progress: Progress,
-    data: TrainingData,
-) -> None:
-    print_fact("run", str(folder.path) + (f", resumed at step {progress.step:,}" if progress.draw else ""))
-    print_fact("model", f"{recipe.model.block}, {facts['parameters']['total']:,} parameters")
-    for line in describe_data(recipe, data):
-        print_fact("data", line)
-    processes = "1 process" if facts["num_processes"] == 1 else f"{facts['num_processes']} processes"
-    if facts["shards"] > 1:
-        processes += f", {facts['shards']} share a copy of the model,"
-    if facts["sequence"] > 1:
-        processes += f", {facts['sequence']} share each row,"
-    print_fact(
-        "training",
-        f"{recipe.total_steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts['precision']}, "
-        f"micro-batches of {facts['micro_batch_rows']} rows, {processes} on {facts['device']}",
-    )
-    print_fact("kernels", f"{backend.name}: {backend.reason}")
