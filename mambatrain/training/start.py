@@ -143,6 +143,7 @@ def _joined_processes(
 ) -> Iterator[tuple[Accelerator, Resolved, RankWatch]]:
     """All processes of the run together; each holds the folder, and watches the others."""
     accelerator, resolved = start_processes(recipe, origin, where, fresh=begins)
+    accelerator.wait_for_everyone()  # rank 0 has locked: one that comes before it would look like a leftover
     with (
         watching_ranks(accelerator.process_index, accelerator.num_processes, where.rank_timeout) as watch,
         nullcontext() if accelerator.is_main_process else folder.shared(),
