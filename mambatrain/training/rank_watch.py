@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -64,6 +64,7 @@ class RankWatch:
         self._beats = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
+        self._asking: threading.Thread | None = None
 
     def at(self, doing: str, draw: int) -> None:
         """Notes what this rank is about to do on its own."""
@@ -98,8 +99,8 @@ class RankWatch:
             if self.here.patient:
                 self.here = Place(**asdict(self.here) | {"moves": self.here.moves + 1})
             moved, own = self.here != own, self.here
-            answers = self._exchange(read=not moved)
-            if answers is None:  # the store's process is gone; this rank's own time still counts
+            answers = self._ask(read=not moved)
+            if answers is None:  # the store's process is gone or stands still; this rank's own time still counts
                 seen, silent = [None] * self._num_ranks, [0] * self._num_ranks
             else:
                 moved = moved or [one and one.place for one in answers] != [one and one.place for one in seen]
@@ -111,6 +112,18 @@ class RankWatch:
             if still >= TICKS_IN_LIMIT:
                 self._end(seen, [count >= TICKS_IN_LIMIT / 2 for count in silent])
                 return
+
+    def _ask(self, read: bool) -> list[Seen | None] | None:
+        """`_exchange` within a tick, or None: a store whose process is stopped neither answers nor fails."""
+        answers: list[list[Seen | None] | None] = []
+        if self._store_answers():
+            self._asking = threading.Thread(target=lambda: answers.append(self._exchange(read)), daemon=True)
+            self._asking.start()
+            self._asking.join(self._limit_seconds / TICKS_IN_LIMIT)
+        return answers[0] if answers else None
+
+    def _store_answers(self) -> bool:
+        return self._asking is None or not self._asking.is_alive()
 
     def _exchange(self, read: bool) -> list[Seen | None] | None:
         """Tells the others where this rank is and, where asked to, reads where they are; None: nobody answers."""
@@ -136,7 +149,9 @@ class RankWatch:
 
     def _end(self, seen: Sequence[Seen | None], silent: Sequence[bool]) -> None:
         try:
-            is_first = self._store is not None and self._store.add("rank-watch/said", 1) == 1
+            # Where nobody answers, each rank speaks for itself.
+            asks = self._store is not None and self._store_answers()
+            is_first = not asks or cast("Store", self._store).add("rank-watch/said", 1) == 1
         except RuntimeError:
             is_first = True
         if is_first:
@@ -160,7 +175,10 @@ def describe_hang(seen: Sequence[Seen | None], silent: Sequence[bool], limit_sec
     """
     waited = f"no process has moved for {limit_seconds:g} seconds"
     if not any(seen):
-        return f"{waited}; the launcher is gone, and which process hangs cannot be told"
+        return (
+            f"{waited}; the launcher (process 0, where processes were started without one) is gone or hangs, and which "
+            "process hangs cannot be told"
+        )
     places = {rank: one.place for rank, one in enumerate(seen) if one is not None}
     fewest = min((place.meetings, place.moves) for place in places.values())
     named = [rank for rank in range(len(seen)) if silent[rank] or rank not in places]
