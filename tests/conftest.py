@@ -7,6 +7,7 @@ fault/ kills, broken files, full disks; gpu/ only what a CPU cannot show.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -113,6 +114,12 @@ def run_mambatrain(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[
     return run
 
 
+# Of the standard library.
+TINY_MODULES = (
+    "bisect", "calendar", "cmd", "colorsys", "copy", "csv", "dis", "fnmatch", "glob", "heapq", "queue", "sched",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tokens: modules of the standard library, a vocabulary of 512, a fifth held out."""
@@ -122,23 +129,25 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny")
     library = Path(os.__file__).parent
-    names = [
-        "bisect",
-        "calendar",
-        "cmd",
-        "colorsys",
-        "copy",
-        "csv",
-        "dis",
-        "fnmatch",
-        "glob",
-        "heapq",
-        "queue",
-        "sched",
-    ]
-    sources = [library / f"{name}.py" for name in names]
+    sources = [library / f"{name}.py" for name in TINY_MODULES]
     train_tokenizer(sources, folder / "tokenizer.json", TokenizerSettings(vocab_size=512, sample_bytes=1_000_000))
     tokenize_corpus(sources, folder / "tokenizer.json", folder / "shards", TokenizeOptions(held_out=0.2))
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def short_shards(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """The text and tokenizer of `tiny_shards` in documents of some hundred tokens, so that few are measured quickly."""
+    from mambatrain.data.manifest import TokenizeOptions
+    from mambatrain.data.tokenize_corpus import tokenize_corpus
+
+    folder = tmp_path_factory.mktemp("short")
+    texts = [(Path(os.__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in TINY_MODULES]
+    documents = [text[start : start + 800] for text in texts for start in range(0, len(text), 800)]
+    lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    (folder / "documents.jsonl").write_text(lines, encoding="utf-8")
+    options = TokenizeOptions(held_out=0.2)
+    tokenize_corpus([folder / "documents.jsonl"], tiny_shards / "tokenizer.json", folder / "shards", options)
     return folder / "shards"
 
 

@@ -33,6 +33,7 @@ VERBS = [
     "data merge",
     "data show",
     "data split",
+    "plan",
     "doctor",
     "slurm",
     "evaluate",

@@ -39,10 +39,10 @@ MOVES = {  # from one place to another, behind its first checkpoint
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, short_shards: Path) -> Path:
     """RUNS/PLACE/CASE of every case, and RUNS/MOVE resumed from the first checkpoint of another place."""
     folder = tmp_path_factory.mktemp("sequence")
-    recipes = {name: write_case(folder / f"{name}.yaml", tiny_shards, changes) for name, changes in CASES.items()}
+    recipes = {name: write_case(folder / f"{name}.yaml", short_shards, changes) for name, changes in CASES.items()}
 
     def begun(place: str, sequence: int, names: list[str]) -> list[dict[str, Any]]:
         return [

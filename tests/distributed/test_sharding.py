@@ -47,10 +47,10 @@ AGAIN = "2 groups of 2"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, short_shards: Path) -> Path:
     """RUNS/DIVISION/CASE of every case, and RUNS/MOVE resumed from the first checkpoint of another division."""
     folder = tmp_path_factory.mktemp("sharded")
-    recipes = {name: write_case(folder / f"{name}.yaml", tiny_shards, changes) for name, changes in CASES.items()}
+    recipes = {name: write_case(folder / f"{name}.yaml", short_shards, changes) for name, changes in CASES.items()}
 
     def begun(division: str, shard: str) -> list[dict[str, str]]:
         return [
@@ -74,7 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     launch(1, begun("one", "no") + moved(1), folder)
     again = resumed(folder / "again", folder / AGAIN / "mamba2-fp32", "2")
     beside_training = {**CASES["mamba2-fp32"], "checkpoint__asynchronous": True}
-    in_background = write_case(folder / "background.yaml", tiny_shards, beside_training)
+    in_background = write_case(folder / "background.yaml", short_shards, beside_training)
     beside = {"recipe": str(in_background), "run": str(folder / "background"), "resume": "fresh", "shard": "2"}
     # A disk without room for the shard of rank 1; the same run goes on when there is some.
     full = []

@@ -74,11 +74,11 @@ RESUMED = "short-fp32"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, short_shards: Path) -> Path:
     """RUNS/WORLD_SIZE/CASE of every case, and RUNS/WORLD_SIZE/moved-CASE resumed from step 4 of 2 processes."""
     folder = tmp_path_factory.mktemp("worlds")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    recipes = {name: write_case(folder / f"{name}.yaml", tiny_shards, changes) for name, changes in CASES.items()}
+    recipes = {name: write_case(folder / f"{name}.yaml", short_shards, changes) for name, changes in CASES.items()}
     file = recipes["preferences-fp64"]
     file.write_text(file.read_text().replace("{pairs}", str(folder / "pairs.jsonl")))
     for world_size in WORLD_SIZES:
