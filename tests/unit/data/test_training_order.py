@@ -97,7 +97,7 @@ def test_ranks_and_micro_batches_split_a_draw_without_changing_it(
 ) -> None:
     rows = [row.source.windows.rows(np.array([row.window])) for row in mixture.rows_of(draw)]
     parts = [p for rank in range(num_ranks) for p in mixture.micro_batches(draw, micro_batch_rows, rank, num_ranks)]
-    for field in MicroBatch._fields:
+    for field in ("tokens", "boundaries", "targets"):  # only rows of pairs have references
         together = torch.cat([getattr(part, field) for part in parts])
         assert torch.equal(together, torch.cat([getattr(row, field) for row in rows]))
     assert max(len(part.tokens) for part in parts) <= micro_batch_rows
