@@ -79,9 +79,11 @@ class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], FakeTensor):
-            # What fakes cannot answer. Every position counts for the loss, and no document starts within a row.
+            # What fakes cannot answer. Every position counts for the loss, which asks with one dimension; no document
+            # starts within a row, which is asked with (B, L).
             if func is torch.ops.aten.nonzero.default:
-                return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+                found = args[0].numel() if args[0].dim() == 1 else 0
+                return args[0].new_empty((found, args[0].dim()), dtype=torch.int64)
             if func is torch.ops.aten._local_scalar_dense.default:
                 return False if args[0].dtype == torch.bool else 1
         results = func(*args, **(kwargs or {}))
