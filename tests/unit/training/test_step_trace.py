@@ -42,7 +42,8 @@ def run_really(recipe: Recipe, rows: int) -> StorageLog:
 
 
 @pytest.mark.parametrize(
-    ("block", "checkpointing"), [("mamba1", "none"), ("mamba1", "every_block"), ("mamba1", "2"), ("mamba2", "none"), ("mamba2", "every_block")]
+    ("block", "checkpointing"),
+    [("mamba1", "none"), ("mamba1", "every_block"), ("mamba1", "2"), ("mamba2", "none"), ("mamba2", "every_block")],
 )
 def test_the_fullest_moment_is_that_of_a_real_step(block: str, checkpointing: str) -> None:
     recipe = recipe_of(block, checkpointing)
