@@ -96,9 +96,7 @@ class RankWatch:
         seen: list[Seen | None] = [None] * self._num_ranks
         silent = [0] * self._num_ranks
         while not self._ended.wait(self._limit_seconds / TICKS_IN_LIMIT):
-            if self.here.patient:
-                self.here = Place(**asdict(self.here) | {"moves": self.here.moves + 1})
-            moved, own = self.here != own, self.here
+            moved, own = self.here != own or self.here.patient, self.here
             answers = self._ask(read=not moved)
             if answers is None:  # the store's process is gone or stands still; this rank's own time still counts
                 seen, silent = [None] * self._num_ranks, [0] * self._num_ranks
@@ -135,9 +133,11 @@ class RankWatch:
 
     def _tell(self) -> None:
         self._beats += 1
-        here = {"place": asdict(self.here), "beats": self._beats, "host": socket.gethostname(), "pid": os.getpid()}
+        here = self.here  # the main thread alone writes it: a note must not be lost
+        place = asdict(here) | {"moves": here.moves + (self._beats if here.patient else 0)}
+        told = {"place": place, "beats": self._beats, "host": socket.gethostname(), "pid": os.getpid()}
         assert self._store is not None
-        self._store.set(f"rank-watch/{self._rank}", json.dumps(here))
+        self._store.set(f"rank-watch/{self._rank}", json.dumps(told))
 
     def _read(self, rank: int) -> Seen | None:
         key = f"rank-watch/{rank}"
@@ -175,10 +175,10 @@ def describe_hang(seen: Sequence[Seen | None], silent: Sequence[bool], limit_sec
     """
     waited = f"no process has moved for {limit_seconds:g} seconds"
     if not any(seen):
-        return (
-            f"{waited}; the launcher (process 0, where processes were started without one) is gone or hangs, and which "
-            "process hangs cannot be told"
-        )
+        by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        keeper = "the launcher" if by_launcher else f"process 0 of {len(seen)}"
+        where = os.environ.get("MASTER_ADDR", "its host")
+        return f"{waited}; {keeper} on {where}, through which they tell each other where they are, does not answer"
     places = {rank: one.place for rank, one in enumerate(seen) if one is not None}
     fewest = min((place.meetings, place.moves) for place in places.values())
     named = [rank for rank in range(len(seen)) if silent[rank] or rank not in places]
