@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
+from mambatrain.errors import UserError
+from mambatrain.files import sha256_of
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.state import BlockState
+from mambatrain.recipe import AdapterSection
+from mambatrain.runs.state_file import place_state, read_state_file
+from mambatrain.runs.weights import Weights
 
 
 class InitialState(nn.Module):
@@ -26,6 +33,35 @@ class InitialState(nn.Module):
         if self.windows is not None:
             windows = list(self.windows)
         return [BlockState(window, h) for window, h in zip(windows, self.ssm, strict=True)]
+
+
+def read_start(adapter: AdapterSection, weights: Weights) -> list[BlockState] | None:
+    """The state that `adapter.start` names, in fp32 on the CPU; None where training begins with an empty one.
+
+    Raises:
+        UserError: it is a state of other weights, or its window would be lost.
+    """
+    if adapter.start is None:
+        return None
+    file, known = Path(adapter.start), weights.tokenizer_file
+    found = read_state_file(file)
+    tokenizer = found.facts.tokenizer_sha256 if known is None else sha256_of(known)
+    layers = place_state(found, file, weights, tokenizer, torch.empty(0)).layers
+    if not adapter.window and any(layer.window.any() for layer in layers):
+        raise UserError(
+            f"{file} has what stood in the convolutions' windows, and adapter.window is false: it would be lost",
+            "--set adapter.window=true trains the windows, too",
+        )
+    return layers
+
+
+@torch.no_grad()
+def begin_with(start: InitialState, layers: list[BlockState]) -> None:
+    """First values; a window that is not trained stays 0."""
+    for index, layer in enumerate(layers):
+        start.ssm[index].copy_(layer.ssm)
+        if start.windows is not None:
+            start.windows[index].copy_(layer.window)
 
 
 def state_names(start: InitialState) -> list[str]:

@@ -18,7 +18,7 @@ _PROJECTIONS = {
 }
 _TUNABLE = ("conv1d", "A_log", "D", "dt_bias")
 _OF_KIND = {
-    "state": ("window", "state_dtype"),
+    "state": ("window", "start", "state_dtype"),
     "lora and dora": ("rank", "alpha", "rank_stabilised", "targets", "tune"),
 }
 
@@ -40,6 +40,8 @@ class AdapterSection(Section):
     """Trained themselves, in every layer: of conv1d, A_log, D, dt_bias."""
     window: bool = False
     """state: train what stands in the convolution's window before the text, too."""
+    start: str | None = None
+    """state: a state file that training begins with, of a text or of another run; null: an empty state."""
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     """state: of the state file; bf16 halves it, rounded."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mambatrain.adapters.attach import describe_adapter, frozen_digest
+from mambatrain.adapters.initial_state import read_start
 from mambatrain.chats.open_chats import open_chats
 from mambatrain.data.tokenizer import tokens_behind
 from mambatrain.data.training_data import TrainingData, open_training_data
@@ -99,6 +100,8 @@ def choose_parts(
         refuse_with_sequence(recipe, where.sequence, shards, where.kernels)
     row_share = share_of_rank(where.sequence, accelerator.process_index, accelerator.num_processes)
     rates_of(recipe.parameters, list(parameter_shapes(recipe.model)))  # refuses patterns that fit nothing
+    if recipe.adapter is not None and weights is not None:
+        read_start(recipe.adapter, weights)  # refuses a state of other weights
     if recipe.data.chats is not None:
         if accelerator.is_main_process:
             known = origin.tokenizer_file if origin.tokenizer_file.is_file() else None

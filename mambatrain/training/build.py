@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mambatrain.adapters.attach import attach_adapter
-from mambatrain.adapters.initial_state import InitialState
+from mambatrain.adapters.initial_state import InitialState, begin_with, read_start
 from mambatrain.adapters.trained import TrainedTensors, whole_model
 from mambatrain.devices import Precision
 from mambatrain.errors import UserError
@@ -46,6 +46,8 @@ def build_objective(
     assert weights is not None, "an adapter stands on weights"
     fill_parameters(model, recipe, weights)
     trained, start = attach_adapter(model, recipe.adapter)
+    if begins and start is not None and (layers := read_start(recipe.adapter, weights)) is not None:
+        begin_with(start, layers)
     return _objective_of(recipe, model, start), trained
 
 

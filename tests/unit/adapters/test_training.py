@@ -125,6 +125,27 @@ def test_a_trained_state_learns_and_is_a_state_file(
     assert "--state" in str(error.value.hint)
 
 
+@pytest.mark.parametrize("block", ["mamba1", "mamba2"])
+def test_a_state_goes_on_from_a_state_file(block: str, base_of: Any, write_tiny_recipe: Write, tmp_path: Path) -> None:
+    adapter: dict[str, Any] = {"kind": "state", "window": True}
+    changes = {"model": None, "optimizer__learning_rate": 0.1, "training__total_steps": 10}
+    first = held_out_losses(train(write_tiny_recipe(adapter=adapter, **changes), tmp_path / "one", base_of(block)))
+    adapter["start"] = str(tmp_path / "one" / "tuned.state.safetensors")
+    second = held_out_losses(train(write_tiny_recipe(adapter=adapter, **changes), tmp_path / "two", base_of(block)))
+    assert first[0] != pytest.approx(first[-1], rel=1e-4)
+    assert second[0] == pytest.approx(first[-1], rel=1e-6)
+    for refused, weights, message in (
+        (adapter | {"window": False}, base_of(block), "adapter.window is false"),
+        (adapter, tmp_path / "other", "a state of other weights"),
+        (adapter | {"start": str(tmp_path / "none")}, base_of(block), "none"),
+    ):
+        if not weights.exists():
+            train(write_tiny_recipe(**SIZES[block], training__total_steps=3), weights)
+        with pytest.raises(UserError, match=message):
+            train(write_tiny_recipe(adapter=refused, **changes), tmp_path / "three", weights)
+        assert not (tmp_path / "three" / "recipe.yaml").exists()
+
+
 def test_an_adapter_on_an_adapter_stands_on_the_merged_weights(
     base_of: Any, write_tiny_recipe: Write, tmp_path: Path
 ) -> None:
