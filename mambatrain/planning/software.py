@@ -16,6 +16,7 @@ TESTED_VERSIONS = {
     "accelerate": "1.15.0",
     "backports-zstd": "1.8.0",
     "datasets": "5.2.0",
+    "fsspec": "2026.9.0",
     "huggingface-hub": "2.4.0",
     "jinja2": "3.1.6",
     "lm-eval": "0.4.13",

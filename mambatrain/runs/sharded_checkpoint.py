@@ -98,7 +98,8 @@ def save_sharded_checkpoint(
             for rank in range(1, ranks.num_ranks):
                 said = ranks.hear("written", rank)
                 if "failure" in said:
-                    raise UserError(*said["failure"])
+                    message, hint = said["failure"]
+                    raise UserError(message, hint)
                 durable |= said["files"]
         failure = None
     except UserError as error:
@@ -114,7 +115,8 @@ def _write_beside(ranks: Ranks, parts: Mapping[str, Part]) -> None:
         ranks.say("written", _try_to_write(Path(folder), ranks.rank, parts))
     # Rank 0 may itself be waiting for one that hangs, which it will name.
     if (failure := ranks.hear("ended", 0, 2 * SECONDS_FOR_ANOTHER_RANK)) is not None:
-        raise UserError(*failure)
+        message, hint = failure
+        raise UserError(message, hint)
 
 
 def _try_to_write(folder: Path, rank: int, parts: Mapping[str, Part]) -> dict[str, Any]:

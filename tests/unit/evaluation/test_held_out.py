@@ -47,7 +47,7 @@ def micro_batches() -> list[MicroBatch]:
 def losses_one_by_one(model: LanguageModel, batch: MicroBatch) -> Tensor:
     """(B, L) fp64, each row alone, from the logits of the whole vocabulary."""
     rows = []
-    for tokens, boundaries, targets in zip(*batch, strict=True):
+    for tokens, boundaries, targets in zip(*batch.inputs, strict=True):
         logits, _ = model(tokens[None], boundaries[None])
         rows.append(F.cross_entropy(logits[0].double(), targets, ignore_index=IGNORED_TARGET, reduction="none"))
     return torch.stack(rows)
