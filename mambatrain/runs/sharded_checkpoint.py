@@ -95,8 +95,9 @@ def save_sharded_checkpoint(
             ranks.say("folder", str(temporary))
             for file in [*write_shard(temporary, 0, parts), *write_extra(temporary, extra or {})]:
                 durable[file.name] = make_durable(file)
-            for rank in range(1, ranks.num_ranks):
-                said = ranks.hear("written", rank)
+            # All of them, before any failure is raised: the folder is removed then, and nobody may still write into it.
+            others = [ranks.hear("written", rank) for rank in range(1, ranks.num_ranks)]
+            for said in others:
                 if "failure" in said:
                     message, hint = said["failure"]
                     raise UserError(message, hint)
