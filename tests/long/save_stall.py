@@ -63,6 +63,7 @@ def begin(recipe: Recipe, path: Path, device: torch.device) -> TrainingRun:
         progress=Progress(),
         reporter=RunReporter(folder, LiveLine(1, 0, quiet=True), None, writes=True),
         row_share=None,
+        carried=None,
         watch=RankWatch(0, 1, None, 1.0),
         flops_per_token=0.0,
         peak_flops=0.0,
