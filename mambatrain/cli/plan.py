@@ -95,6 +95,7 @@ def find_place(
     from mambatrain.planning.hardware import GPUS, native_on_gpus, this_cpu, this_gpu
     from mambatrain.planning.plan import Place
     from mambatrain.training.build import parameter_dtype
+    from mambatrain.training.eight_bit_adamw import refuse_eight_bit
     from mambatrain.training.sharding import num_shards, refuse_with_shards
 
     shards = num_shards(shard, gpus, min(gpus, gpus_per_node))
@@ -102,6 +103,7 @@ def find_place(
         refuse_with_shards(recipe, shard)
     device, cpu, asked = this_gpu() if gpu == "auto" else GPUS.get(gpu), torch.device("cpu"), recipe.training.precision
     if device is None:
+        refuse_eight_bit(recipe, cpu)
         precision = resolve_precision(asked, cpu)
         backend = choose_backend(kernels, cpu, parameter_dtype(precision))
         return Place(this_cpu(precision), True, gpus, shards, precision, backend, utilisation)

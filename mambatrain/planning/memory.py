@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mambatrain.models.parameters import parameter_rows
 from mambatrain.planning.sharding import gathered_at_once, units_of
+from mambatrain.training.eight_bit_adamw import moment_bytes
 from mambatrain.training.step_trace import trace_steps
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def plan_memory(recipe: Recipe, place: Place, rows: int, micro_batch_rows: int) 
     return MemoryPlan(
         weights=weights,
         gradients=parts.get("gradients", 0),
-        optimizer=parts.get("optimizer", 0),
+        optimizer=parts.get("optimizer", 0) or optimizer_bytes(recipe, place.precision),  # 8 bits are not traced
         activations=parts.get("activations", 0),
         loss=parts.get("loss", 0),
         communication=weights if place.num_devices > 1 else 0,
@@ -100,10 +101,12 @@ def _of_a_shard(
 
 def optimizer_bytes(recipe: Recipe, precision: Precision, shards: int = 1) -> int:
     """Of one rank: two moments of each parameter, Muon's matrices one; a shard's rows where the model is divided."""
+    eight_bit = recipe.optimizer.state_precision == "8bit"
     width = 2 if recipe.optimizer.state_precision == "bf16" else 8 if precision == "fp64" else 4
     total = 0
     for row in parameter_rows(recipe.model).values():
         shape = row.shape(recipe.model)
         moments = 1 if recipe.optimizer.kind == "muon" and row.is_matrix else 2
-        total += moments * -(-shape[0] // shards) * math.prod(shape[1:]) * width
+        numbers = -(-shape[0] // shards) * math.prod(shape[1:])
+        total += moments * (moment_bytes(numbers) if eight_bit else numbers * width)
     return total

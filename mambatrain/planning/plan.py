@@ -16,6 +16,7 @@ from mambatrain.planning.memory import MemoryPlan, optimizer_bytes, plan_memory
 from mambatrain.planning.sharding import Traffic, bytes_sent, traffic_of
 from mambatrain.recipe import Recipe
 from mambatrain.training.resolve import choose_micro_batch_rows
+from mambatrain.training.sharding import settings_refused_with_shards
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,10 @@ def _changes(recipe: Recipe, place: Place, at_once: int) -> Iterator[tuple[str, 
     again = "--set training.activation_checkpointing=every_block"
     yield again, training(activation_checkpointing="every_block"), place
     sharded = replace(place, shards=place.num_devices)
-    if place.shards < place.num_devices:
+    can_divide = place.shards < place.num_devices and not settings_refused_with_shards(recipe)
+    if can_divide:
         yield "--shard full", recipe, sharded
     least = training(activation_checkpointing="every_block", micro_batch_rows=1)
     yield f"{again} --set training.micro_batch_rows=1", least, place
-    if place.shards < place.num_devices:
+    if can_divide:
         yield f"--shard full {again} --set training.micro_batch_rows=1", least, sharded

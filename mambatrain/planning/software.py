@@ -30,11 +30,12 @@ TESTED_VERSIONS = {
     "safetensors": "0.8.0",
     "tokenizers": "0.23.3",
     "torch": "2.13.0",
+    "torchao": "0.18.0",
     "transformers": "5.23.0",
     "typer": "0.29.2",
     "wandb": "0.31.0",
 }
-OPTIONAL = {"lm-eval": "evaluate --tasks"}
+OPTIONAL = {"lm-eval": "evaluate --tasks", "torchao": "optimizer.state_precision 8bit"}
 """Package -> what needs it."""
 
 

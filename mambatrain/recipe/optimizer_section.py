@@ -28,8 +28,9 @@ class OptimizerSection(Section):
     """Decoupled; applied to projections and embedding alone."""
     muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """muon only: decay of the momentum of the projections."""
-    state_precision: Literal["full", "bf16"] = "full"
-    """adamw only: of the two moments. full: as the parameters; bf16: half the memory, betas of at most 0.99."""
+    state_precision: Literal["full", "bf16", "8bit"] = "full"
+    """adamw only: of the two moments. full: as the parameters; bf16: half the memory, betas of at most 0.99; 8bit: a
+    quarter, on GPUs alone, by torchao (pip install 'mambatrain[8bit]'); not with --shard or fp64."""
 
     @model_validator(mode="after")
     def check_kind(self) -> Self:
@@ -37,9 +38,9 @@ class OptimizerSection(Section):
             raise ValueError(f"muon_momentum belongs to muon, not to {self.kind}; remove it")
         if self.kind == "schedule_free" and self.beta1 == 0.0:
             raise ValueError("beta1 0 leaves schedule_free no average to keep; 0.9 is usual")
+        if self.state_precision != "full" and self.kind != "adamw":
+            raise ValueError(f"state_precision {self.state_precision} belongs to adamw, not to {self.kind}")
         if self.state_precision == "bf16":
-            if self.kind != "adamw":
-                raise ValueError(f"state_precision bf16 belongs to adamw, not to {self.kind}")
             for name in ("beta1", "beta2"):
                 if getattr(self, name) > MAX_NARROW_BETA:
                     raise ValueError(

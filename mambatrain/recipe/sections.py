@@ -122,6 +122,8 @@ class Recipe(Section):
             raise ValueError(f"schedule.decay_steps {self.schedule.decay_steps} exceeds {self.total_steps} steps")
         if self.optimizer.kind == "schedule_free" and self.schedule.kind != "constant":
             raise ValueError(f"schedule_free has no schedule: set schedule.kind to constant, not {self.schedule.kind}")
+        if self.optimizer.state_precision == "8bit" and self.training.precision == "fp64":
+            raise ValueError("optimizer.state_precision 8bit updates in fp32; with training.precision fp64 take full")
         segment, longest = self.training.segment_tokens, self.data.longest_row_tokens
         if segment is not None and segment >= longest:
             raise ValueError(f"training.segment_tokens {segment} does nothing for rows of {longest}; leave it out")

@@ -32,6 +32,7 @@ from mambatrain.runs.progress import Progress
 from mambatrain.runs.weights import Weights
 from mambatrain.training.build import build_objective, parameter_dtype
 from mambatrain.training.carried import empty_states, restore_states
+from mambatrain.training.eight_bit_adamw import refuse_eight_bit
 from mambatrain.training.facts import describe_run, print_facts
 from mambatrain.training.metrics import LiveLine, RunReporter, WandbTracker, print_fact
 from mambatrain.training.name_patterns import freeze_parameters, rates_of
@@ -91,8 +92,10 @@ def choose_parts(
     themselves.
 
     Raises:
-        UserError: data, tokenizer, weights and recipe do not fit each other, or a kernel cannot run or is wrong.
+        UserError: data, tokenizer, weights and recipe do not fit each other or the device, or a kernel cannot run or is
+            wrong.
     """
+    refuse_eight_bit(recipe, accelerator.device)
     shards = num_shards(where.shard, accelerator.num_processes)
     if shards > 1:
         refuse_with_shards(recipe, where.shard)

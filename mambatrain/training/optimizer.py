@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mambatrain.adapters.trained import TrainedTensors
 from mambatrain.recipe.parameter_section import ALL_PARAMETERS, ParameterSection
+from mambatrain.training.eight_bit_adamw import EightBitAdamW
 from mambatrain.training.name_patterns import rates_of
 from mambatrain.training.narrow_adamw import NarrowAdamW
 from mambatrain.training.schedule_free import ScheduleFreeAdamW
@@ -78,6 +79,8 @@ def _elementwise(groups: list[dict[str, object]], section: OptimizerSection) -> 
         return ScheduleFreeAdamW(groups, section.learning_rate, betas, eps)
     if section.state_precision == "bf16":
         return NarrowAdamW(groups, section.learning_rate, betas, eps)
+    if section.state_precision == "8bit":
+        return EightBitAdamW(groups, section.learning_rate, betas, eps)
     # fused: one pass over memory for all of a group, on CPU and CUDA
     return torch.optim.AdamW(groups, lr=section.learning_rate, betas=betas, eps=eps, fused=True)
 

@@ -50,19 +50,26 @@ def num_shards(asked: str, num_processes: int, processes_per_node: int | None = 
     return shards
 
 
-def refuse_with_shards(recipe: Recipe, asked: str) -> None:
-    """
-    Raises:
-        UserError: the recipe asks for something that a divided model does not do.
-    """
+def settings_refused_with_shards(recipe: Recipe) -> list[str]:
+    """What of a recipe a divided model does not do."""
     refused = {
         "guards.health_every_steps": recipe.guards.health_every_steps is not None,
         "adapter": recipe.adapter is not None,
         "training.segment_tokens": recipe.training.segment_tokens is not None,
         "parameters.frozen": bool(recipe.parameters.frozen),
         "preferences": recipe.preferences is not None,
+        # blocks of 256 numbers do not follow the rows that a model is divided by
+        "optimizer.state_precision 8bit": recipe.optimizer.state_precision == "8bit",
     }
-    if named := [setting for setting, is_set in refused.items() if is_set]:
+    return [setting for setting, is_set in refused.items() if is_set]
+
+
+def refuse_with_shards(recipe: Recipe, asked: str) -> None:
+    """
+    Raises:
+        UserError: the recipe asks for something that a divided model does not do.
+    """
+    if named := settings_refused_with_shards(recipe):
         raise UserError(f"--shard {asked} does not go with {', '.join(named)}", "leave one of them out")
 
 

@@ -26,14 +26,15 @@ def test_the_tested_versions_are_those_of_the_constraints() -> None:
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     pinned = {canonicalize_name(name): version for name, version in pins.items()}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["eval"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["eval"], *extras["8bit"]]
     names = [canonicalize_name(Requirement(text).name) for text in wanted]
     assert {name: pinned[name] for name in names} == software.TESTED_VERSIONS
 
 
 def test_each_way_to_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {**software.TESTED_VERSIONS, "torch": "2.13.0+cpu", "rich": "14.1.0", "accelerate": "0.30.0"}
-    del installed["wandb"], installed["lm-eval"]
+    del installed["wandb"], installed["lm-eval"], installed["torchao"]
 
     def version(name: str) -> str:
         if name not in installed:
@@ -47,6 +48,7 @@ def test_each_way_to_differ(monkeypatch: pytest.MonkeyPatch) -> None:
         "accelerate": "problem",
         "wandb": "problem",
         "lm-eval": "note",
+        "torchao": "note",
     }
     assert found["torch"].value == "2.13.0+cpu"
     assert found["accelerate"].value == "0.30.0, outside of <2,>=1.10"
