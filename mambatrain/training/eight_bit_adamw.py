@@ -63,8 +63,9 @@ class EightBitAdamW(torch.optim.Optimizer):
         update, self._wrap = import_torchao()
         # Each shape is compiled once: none of its arguments but tensors changes from step to step.
         self._update: Any = torch.compile(update, fullgraph=True, dynamic=False)
-        # torch's cache of what it compiled would like torchao's tensor to say what it is, and does without
+        # What the compiler advises: a hash that torchao's tensor has not, and TF32, which is for matrix products.
         warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash_for_caching")
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         self._tables: dict[tuple[torch.device, bool], Tensor] = {}
 
     @torch.no_grad()

@@ -19,6 +19,8 @@ from mambatrain.training.optimizer import Optimizers, build_optimizers, optimize
 
 pytest.importorskip("torchao", reason="torchao is not installed: pip install 'mambatrain[8bit]'")
 
+# torch's compiler imports parts of torch that torch says are deprecated
+pytestmark = pytest.mark.filterwarnings("default:`torch.jit.script:DeprecationWarning")
 SECTION = OptimizerSection(learning_rate=0.01, state_precision="8bit")
 
 
