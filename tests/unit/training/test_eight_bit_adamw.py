@@ -33,7 +33,7 @@ from mambatrain.training.sharding import refuse_with_shards
 from mambatrain.training.start import run_training
 from mambatrain.training.stop import StopRequest
 
-SHAPES = ((64, 128), (33, 7), (4096,), (4097,))
+SHAPES = ((64, 128), (15, 256), (4096,), (4097,))
 IN_EIGHT_BITS = (True, False, True, False)  # at least 4096 numbers, and whole blocks of 256
 EIGHT_BIT = {"optimizer__state_precision": "8bit"}
 GPU = torch.device("cuda")
