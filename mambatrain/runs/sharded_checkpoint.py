@@ -17,16 +17,16 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from mambatrain.errors import UserError
 from mambatrain.files import explaining_full_disk
 from mambatrain.runs.checkpoint import FileFacts, make_durable, writing_checkpoint
-from mambatrain.runs.checkpoint_tensors import Part, write_extra, write_shard
+from mambatrain.runs.checkpoint_tensors import Part, write_shard
 from mambatrain.runs.progress import Progress
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch.distributed import Store
 
 # All ranks write as much to the same disk: one that takes so much longer than another does not write any more.
 SECONDS_FOR_ANOTHER_RANK = 900.0
@@ -37,12 +37,17 @@ _numbers = itertools.count()
 class Ranks:
     """What the ranks say to each other about one save. All of them make one at the same save, in the main thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int, num_ranks: int, store: Store) -> None:
+        self.rank, self.num_ranks, self._store = rank, num_ranks, store
+
+    @classmethod
+    def of_this_run(cls) -> Self:
+        """Those that have met, with a corner of their store for this save."""
         from torch.distributed import get_rank, get_world_size
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-        self.rank, self.num_ranks = get_rank(), get_world_size()
-        self._store = PrefixStore(f"mambatrain-checkpoint-{next(_numbers)}", _get_default_store())
+        store = PrefixStore(f"mambatrain-checkpoint-{next(_numbers)}", _get_default_store())
+        return cls(get_rank(), get_world_size(), store)
 
     def say(self, what: str, content: Any) -> None:
         """Something that this rank is the only one to say."""
@@ -70,7 +75,6 @@ def save_sharded_checkpoint(
     progress: Progress,
     parts: Mapping[str, Part],
     ranks: Ranks,
-    extra: dict[str, Tensor] | None = None,
     log: Path | None = None,
 ) -> None:
     """Writes a checkpoint; every rank calls it with its own parts.
@@ -78,9 +82,8 @@ def save_sharded_checkpoint(
     Args:
         checkpoints: the run's folder of checkpoints, on a disk that all ranks see.
         progress: where the run is.
-        parts: what this rank writes of parameters and optimizer tensors.
+        parts: what this rank writes of parameters, optimizer tensors, and what else is needed to go on.
         ranks: made for this save.
-        extra: what else is needed to go on; rank 0's is written.
         log: the file whose lines `progress` counts.
 
     Raises:
@@ -93,11 +96,10 @@ def save_sharded_checkpoint(
     try:
         with writing_checkpoint(checkpoints, progress, log) as (temporary, durable):
             ranks.say("folder", str(temporary))
-            for file in [*write_shard(temporary, 0, parts), *write_extra(temporary, extra or {})]:
-                durable[file.name] = make_durable(file)
+            own = _try_to_write(temporary, 0, parts)
             # All of them, before any failure is raised: the folder is removed then, and nobody may still write into it.
             others = [ranks.hear("written", rank) for rank in range(1, ranks.num_ranks)]
-            for said in others:
+            for said in (own, *others):
                 if "failure" in said:
                     message, hint = said["failure"]
                     raise UserError(message, hint)

@@ -79,7 +79,7 @@ def _sharded_save(
     run: TrainingRun, model: dict[str, Tensor], states: dict[str, Tensor], hold: Hold
 ) -> Callable[[], None]:
     carried = {f"{EXTRA}{name}": tensor for name, tensor in tensors_by_slot(run.carried).items()}
-    progress, parts, ranks = copy.deepcopy(run.progress), own_parts(model | states | carried), Ranks()
+    progress, parts, ranks = copy.deepcopy(run.progress), own_parts(model | states | carried), Ranks.of_this_run()
     held = hold({name: part.tensor for name, part in parts.items()})
     parts = {name: replace(part, tensor=held[name]) for name, part in parts.items()}
 
