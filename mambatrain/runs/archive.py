@@ -49,13 +49,17 @@ def archive_run(run: RunFolder, target: str, which: Which) -> Copied:
     """Copies a run under a URL; a target that has some of its checkpoints already keeps them.
 
     Raises:
-        UserError: there is no such checkpoint, one is damaged, the target is another run's or cannot be written.
+        UserError: there is no such checkpoint, one is damaged, the target is another run's or a run itself, or cannot
+            be written.
     """
     storage, copied = Storage(target), Copied()
     files = [file for checkpoint in choose_checkpoints(run, which) for file in sorted(checkpoint.iterdir())]
     files += [file for file in _own_files(run) if file.is_file()]
     with storage.errors_named():
-        whole = storage.read_list(PARTIAL_FILE) or storage.read_list(ARCHIVE_FILE) or {}
+        lists = [one for one in map(storage.read_list, (PARTIAL_FILE, ARCHIVE_FILE)) if one is not None]
+        if not lists and storage.size_of(run.recipe_file.name) is not None:  # this run's own folder, or another's
+            raise UserError(f"{target} holds a run, and its files would be written over", "give a target of its own")
+        whole = next(filter(None, lists), {})
         recipe = whole.get(run.recipe_file.name)
         if recipe is not None and recipe["sha256"] != sha256_of(run.recipe_file):
             raise UserError(f"{target} holds the archive of another run", "give a target of its own")
@@ -94,11 +98,12 @@ def fetch_run(target: str, folder: Path) -> Copied:
     beside = folder.absolute().with_name(f".{folder.name}.fetching")  # kept when cut short, and gone on with
     with storage.errors_named(), explaining_full_disk(str(folder)):
         files = storage.read_list(ARCHIVE_FILE)
-        if files is None:
-            hint = (
-                "start `mambatrain runs archive` again: it was cut short" if storage.read_list(PARTIAL_FILE) else None
+        if not files:
+            was_begun = files is not None or storage.read_list(PARTIAL_FILE) is not None
+            hint = "start `mambatrain runs archive` again: it was cut short"
+            raise UserError(
+                f"{target} holds no archive ({ARCHIVE_FILE})", hint if was_begun else "name the target of `runs archive`"
             )
-            raise UserError(f"{target} holds no archive ({ARCHIVE_FILE})", hint or "name the target of `runs archive`")
         for name, facts in files.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise UserError(f"{target}/{ARCHIVE_FILE} names a file outside of the run: {name}", "do not trust it")
@@ -111,7 +116,8 @@ def fetch_run(target: str, folder: Path) -> Copied:
                 _copy(source, sink)
             if make_durable(file) != facts:
                 raise UserError(
-                    f"{target}/{name} was changed: its digest is not the archive's", "archive the run again"
+                    f"{target}/{name} was changed: its digest is not the archive's",
+                    "remove that file, then archive the run again: what has the size it had there is not copied again",
                 )
             copied.files.append(name)
             copied.num_bytes += facts["bytes"]
@@ -203,11 +209,14 @@ class Storage:
             self._system.rm_file(f"{self._root}/{name}")
 
     def read_list(self, name: str) -> dict[str, FileFacts] | None:
-        """The files that an archive lists, None where it is not there."""
+        """The files that an archive lists: None where there is no list, none of them where its writing was cut short."""
         if self.size_of(name) is None:
             return None
-        with self.open(name, "rb") as file:
-            content: dict[str, Any] = json.loads(file.read())
+        try:
+            with self.open(name, "rb") as file:
+                content: dict[str, Any] = json.loads(file.read())
+        except ValueError:
+            return {}
         if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
             raise UserError(f"{self.target}/{name} is no archive of this version", "archive the run elsewhere")
         files: dict[str, FileFacts] = content["files"]

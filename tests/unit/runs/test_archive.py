@@ -97,12 +97,44 @@ def test_an_archiving_that_was_cut_short_goes_on_and_is_no_archive_before(
     assert contents(tmp_path / "back") == contents(run.path)
 
 
+@pytest.mark.parametrize("torn", [archive.PARTIAL_FILE, archive.ARCHIVE_FILE])
+def test_a_list_whose_writing_was_cut_short_is_written_again(
+    run: RunFolder, target: str, tmp_path: Path, torn: str
+) -> None:
+    archive_run(run, target, "newest")
+    with fsspec.open(f"{target}/{archive.ARCHIVE_FILE}", "rb") as file:
+        content = file.read()
+    fsspec.filesystem(target.partition(":")[0]).rm(f"{target}/{archive.ARCHIVE_FILE}")
+    with fsspec.open(f"{target}/{torn}", "wb") as file:
+        file.write(content[: len(content) // 2])
+    with pytest.raises(UserError, match="no archive") as raised:
+        fetch_run(target, tmp_path / "back")
+    assert "cut short" in str(raised.value.hint)
+    assert archive_run(run, target, "newest").num_there == 0
+    fetch_run(target, tmp_path / "back")
+
+
 def test_a_file_that_was_changed_there_is_not_fetched(run: RunFolder, target: str, tmp_path: Path) -> None:
     archive_run(run, target, "newest")
-    damage(f"{target}/checkpoints/step-00000003/model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors was changed"):
+    changed = f"{target}/checkpoints/step-00000003/model.safetensors"
+    damage(changed)
+    with pytest.raises(UserError, match=r"model\.safetensors was changed") as raised:
         fetch_run(target, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+    assert "remove that file, then archive the run again" in str(raised.value.hint)
+    fsspec.filesystem(target.partition(":")[0]).rm(changed)
+    archive_run(run, target, "newest")
+    fetch_run(target, tmp_path / "back")
+
+
+def test_an_archive_is_never_written_over_a_run(run: RunFolder, tmp_path: Path) -> None:
+    """Its own folder least of all: the files it is read from would be emptied first."""
+    before = contents(run.path)
+    (tmp_path / "link").symlink_to(run.path)
+    for target in (str(run.path), f"file://{run.path}", str(tmp_path / "link")):
+        with pytest.raises(UserError, match="holds a run"):
+            archive_run(run, target, "newest")
+    assert contents(run.path) == before
 
 
 def test_a_fetching_that_was_cut_short_goes_on(
