@@ -109,4 +109,5 @@ def row_title(row: ShownRow) -> str:
     documents = sorted(row.documents)
     few = ", ".join(f"{number:,}" for number in documents[:8]) + (", ..." if len(documents) > 8 else "")
     named = f"document{'s' if len(documents) > 1 else ''} {few}"
-    return f"row {row.slot}: window {row.window:,} of {row.source}, epoch {row.epoch}, {named}"
+    place = f"its slot's stream of {row.source}" if row.in_stream else f"window {row.window:,} of {row.source}"
+    return f"row {row.slot}: {place}, epoch {row.epoch}, {named}"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mambatrain.data.batches import IGNORED_TARGET, Span
+from mambatrain.data.document_streams import DocumentStreams
 from mambatrain.data.token_shards import TokenShard
 from mambatrain.data.training_order import TrainingOrder
 
@@ -41,6 +42,7 @@ class ShownRow:
         slot: its place in the draw.
         tokens, targets, boundaries: (L,) as the model gets them; IGNORED_TARGET where a target does not count.
         num_padding: positions at its end that nothing fills.
+        in_stream: whether it goes on where the row of this slot in the draw before ended (data.carry_state).
     """
 
     slot: int
@@ -51,6 +53,7 @@ class ShownRow:
     targets: list[int]
     boundaries: list[bool]
     num_padding: int
+    in_stream: bool
     spans: list[ShownSpan]
 
     def as_json(self) -> dict[str, Any]:
@@ -99,6 +102,7 @@ def rows_of_draw(order: TrainingOrder, draw: int, num_rows: int | None = None) -
                 targets=targets,
                 boundaries=boundaries,
                 num_padding=len(tokens) - place,
+                in_stream=isinstance(row.source.windows, DocumentStreams),
                 spans=spans,
             )
         )

@@ -127,6 +127,16 @@ def test_show_marks_what_is_not_predicted(
     ]
 
 
+def test_show_says_that_a_carried_row_lies_in_a_stream(
+    run_mambatrain: Run, write_tiny_recipe: Callable[..., Path]
+) -> None:
+    """No window of the shard has the number that such a row has."""
+    done = run_mambatrain("data", "show", str(write_tiny_recipe(data__carry_state=True)), "--draw", "7", "--rows", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("row 0: its slot's stream of ")
+    assert "window" not in done.stdout.splitlines()[0]
+
+
 def test_show_looks_a_step_of_a_run_up_in_its_log(
     tmp_path: Path, tokens: Path, run_mambatrain: Run, write_tiny_recipe: Callable[..., Path]
 ) -> None:
