@@ -38,6 +38,8 @@ MAY_DIFFER = (
     "training.clip_norm",
     "training.log_every_steps",
 )
+# But not where the average that schedule_free keeps is what this number makes of its other weights.
+_OF_AVERAGE = "optimizer.beta1"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def refuse_branch(checkpoint: Path, recipe: Recipe) -> None:
         raise UserError(f"{checkpoint} is not whole: {damage}", f"`mambatrain runs verify {origin.path}` names others")
     before = read_recipe(str(origin.recipe_file))
     differing = differing_settings(before, recipe)
-    refused = [line for line in differing if not line.startswith(MAY_DIFFER)]
+    may_differ = tuple(path for path in MAY_DIFFER if before.optimizer.kind != "schedule_free" or path != _OF_AVERAGE)
+    refused = [line for line in differing if not line.startswith(may_differ)]
     if _skipped_before(read_progress(checkpoint).draw, before) == _skipped_before(
         read_progress(checkpoint).draw, recipe
     ):

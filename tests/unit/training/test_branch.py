@@ -105,6 +105,16 @@ def test_what_would_change_the_meaning_is_refused_by_name(origin: Path, tmp_path
     assert not RunFolder(tmp_path / "branch").exists(), "a typo left a run behind"
 
 
+def test_the_beta1_that_an_average_is_made_with_stays(write_tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    schedule_free = {"optimizer__kind": "schedule_free", "schedule": {"kind": "constant", "warmup_steps": 2}}
+    train(read_recipe(str(write_tiny_recipe(**schedule_free, training__total_steps=4))), tmp_path / "origin")
+    checkpoint = list_checkpoints(tmp_path / "origin")[-1]
+    longer = "training.total_steps=6"
+    with pytest.raises(UserError, match=r"optimizer\.beta1: 0\.9 -> 0\.8"):
+        train(changed(tmp_path / "origin", longer, "optimizer.beta1=0.8"), tmp_path / "branch", checkpoint)
+    train(changed(tmp_path / "origin", longer, "optimizer.beta2=0.9"), tmp_path / "branch", checkpoint)
+
+
 def test_a_branch_may_pass_over_draws_to_come_and_none_of_the_past(origin: Path, tmp_path: Path) -> None:
     checkpoint = list_checkpoints(origin)[1]
     train(changed(origin, "data.skip_draws=[[8,9]]"), tmp_path / "branch", checkpoint)
