@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from mambatrain.recipe import read_recipe
 from mambatrain.runs.checkpoint import list_checkpoints
@@ -73,6 +74,28 @@ def test_kills_beside_a_background_save_change_nothing(write_tiny_recipe: Callab
     lives = run_lives(beside, tmp_path / "killed", 11, 20, "auto")
     assert sum(life["trained_on"] for life in lives) > 3, "no life died while it trained and saved"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+
+
+def test_kills_change_nothing_of_states_that_rows_go_on_from(
+    write_tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """They are part of each checkpoint; draws that are passed over leave a gap in them."""
+    recipe = write_tiny_recipe(
+        data__carry_state=True,
+        data__skip_draws=[[4, 5], [9, 11]],
+        training__total_steps=20,
+        training__micro_batch_rows=2,
+        checkpoint__every_steps=3,
+        checkpoint__asynchronous=True,
+        evaluation__every_steps=7,
+    )
+    run_lives(recipe, tmp_path / "undisturbed", 0, 0, "auto")
+    lives = run_lives(recipe, tmp_path / "killed", 3, 5, "auto")
+    assert {life["signal"] for life in lives[:-1]} == {9}
+    assert len({life["checkpoint"] for life in lives}) > 2, "the kills fell on nothing"
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+    carried = load_file(list_checkpoints(tmp_path / "killed")[-1] / "extra.safetensors")
+    assert any(bool(tensor.any()) for tensor in carried.values())
 
 
 @pytest.mark.parametrize(
