@@ -117,6 +117,14 @@ def _publish(temporary: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def put_back_replaced(run: Path) -> None:
+    """Behind a life that was killed between the two renames of `_publish`: neither folder has the checkpoint's name."""
+    for replaced in (run / "checkpoints").glob(f"{_REMOVING}*"):
+        folder = replaced.with_name(replaced.name.removeprefix(_REMOVING))
+        if folder.with_name(f"{_WRITING}{folder.name}").is_dir() and not folder.exists():
+            replaced.replace(folder)
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first; unfinished ones have another name."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]

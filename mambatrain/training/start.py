@@ -19,6 +19,7 @@ from mambatrain.runs.checkpoint import (
     checkpoint_to_resume,
     list_checkpoints,
     prune_checkpoints,
+    put_back_replaced,
     read_progress,
     set_newer_aside,
 )
@@ -158,6 +159,7 @@ def _find_start(
     is_main = rank_of_process() == 0
     if is_main:
         refuse_foreign_folder(folder)
+        put_back_replaced(folder.path)
         refuse_other_recipe(recipe, folder)
     checkpoint = None if resume == "fresh" else checkpoint_to_resume(folder.path, damaged)
     if checkpoint is None and resume == "required":

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mambatrain.recipe import read_recipe
-from mambatrain.runs.checkpoint import list_checkpoints
+from mambatrain.runs.checkpoint import list_checkpoints, read_progress, save_checkpoint
 from mambatrain.runs.folder import read_log
 from mambatrain.training.assemble import Where
 from mambatrain.training.start import run_training
@@ -202,3 +202,28 @@ def test_a_life_that_ended_within_its_first_file_does_not_block_the_folder(
         run_training(recipe, run, where, "if-possible", StopRequest())
     assert sorted(file.name for file in run.iterdir()) == [".lock", ".recipe.yaml.partial"]
     assert run_training(recipe, run, where, "if-possible", StopRequest()) == 0
+
+
+def test_a_life_that_ended_while_a_checkpoint_replaced_another_of_its_step_lost_neither(
+    monkeypatch: pytest.MonkeyPatch, write_tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As when an evaluation that was cut short is made up for: here the one checkpoint that there is."""
+    recipe = read_recipe(str(write_tiny_recipe(training__total_steps=2, checkpoint__keep_newest=1)))
+    where, run = Where(device="cpu", kernels="torch", quiet=True), tmp_path / "run"
+    run_training(recipe, run, where, "if-possible", StopRequest())
+    before, (only,) = outcome(run), list_checkpoints(run)
+    tensors, progress = load_file(only / "model.safetensors"), read_progress(only)
+    replace = Path.replace
+
+    def killed_in_between(self: Path, target: Path) -> Path:
+        if Path(target) == only:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed_in_between)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # what is killed cleans nothing up
+        save_checkpoint(run / "checkpoints", progress, tensors, {})
+    assert list_checkpoints(run) == []
+    assert run_training(recipe, run, where, "required", StopRequest()) == 0
+    assert outcome(run) == before
