@@ -108,8 +108,9 @@ def _write_whole(
             theirs = {transformers.NAMES.theirs(name): tensor for name, tensor in tensors.items()}
             save_file(theirs, writing / MODEL_FILE, metadata={"format": "pt"})
             fsync_file(writing / MODEL_FILE)
-            if run.tokenizer_file.is_file():
-                shutil.copyfile(run.tokenizer_file, writing / "tokenizer.json")
+            for file in (run.tokenizer_file, *run.chat_files):
+                if file.is_file():
+                    shutil.copyfile(file, writing / file.name)
             write_json_whole(writing / RECORD_FILE, _provenance(run, checkpoints, writing / MODEL_FILE))
             dtype = str(tensors["embedding.weight"].dtype).removeprefix("torch.")
             write_json_whole(writing / "config.json", transformers.config_from_section(section, dtype, None))

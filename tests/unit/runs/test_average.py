@@ -66,6 +66,15 @@ def test_where_it_came_from_is_recorded(run: RunFolder, tmp_path: Path) -> None:
     ]
 
 
+def test_a_mean_of_runs_on_conversations_spells_them_as_they_do(run: RunFolder, tmp_path: Path) -> None:
+    for file in run.chat_files:
+        file.write_text(f"{file.name} of the run")
+    done = average_checkpoints(run, 2, tmp_path / "mean")
+    assert [(done.folder / file.name).read_text() for file in run.chat_files] == [
+        file.read_text() for file in run.chat_files
+    ]
+
+
 def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 3 checkpoints, not 4") as refused:
         average_checkpoints(run, 4, tmp_path / "mean")
