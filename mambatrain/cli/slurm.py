@@ -42,10 +42,12 @@ def slurm(
     from mambatrain.errors import UserError
     from mambatrain.planning.batch_script import BatchJob, write_batch_script
     from mambatrain.recipe import read_recipe
+    from mambatrain.training.sharding import num_shards
 
     if gpus and processes:
         raise UserError("--gpus and --processes exclude each other", "--processes is for CPUs")
     per_node = gpus or processes or 8
+    num_shards(shard, nodes * per_node, per_node)  # refuses what would be refused when the job has waited for its turn
     rows = read_recipe(recipe, overrides).rows_per_step
     if nodes * per_node % sequence or rows % (nodes * per_node // sequence):
         shared = "" if sequence == 1 else f", {sequence} to a row"

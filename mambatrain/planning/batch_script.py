@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def write_batch_script(job: BatchJob) -> str:
     words = ["mambatrain", "pretrain", job.recipe, "--run", str(job.run), *devices, *shard, *sequence, *changes]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(_SCRIPT).render(
-        name=f"mambatrain-{Path(job.recipe).stem}",
+        name="mambatrain-" + re.sub(r"[^\w.-]+", "-", Path(job.recipe).stem),  # sbatch would end it at a space
         nodes=job.nodes,
         gpus=job.gpus,
         processes=job.processes,

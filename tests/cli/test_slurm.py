@@ -98,3 +98,18 @@ def test_several_nodes_meet_at_the_first_and_what_does_not_divide_is_refused(
     refused = run_mambatrain("slurm", recipe, "--nodes", "3")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "64 rows a step do not divide into 3 x 8 processes" in refused.stderr
+    refused = run_mambatrain("slurm", recipe, "--nodes", "4", "--shard", "3")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "--shard 3: 32 processes do not divide into groups of 3" in refused.stderr
+
+
+def test_odd_characters_in_names_reach_the_run_as_they_are(
+    run_mambatrain: Run, write_tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_tiny_recipe().rename(tmp_path / "it's $HOME; `no`.yaml")
+    run = 'run\'s "$(x)" #1'
+    done = run_mambatrain("slurm", recipe, "--processes", "1", "--run", run, "--set", "data.seed=4")
+    assert "#SBATCH --job-name=mambatrain-it-s-HOME-no-\n" in done.stdout
+    script = done.stdout.replace("srun --kill-on-bad-exit=1 mambatrain", "printf '%s\\n'")
+    shown = subprocess.run(["bash", "-c", script + "\n"], capture_output=True, text=True, check=False, env=os.environ)
+    assert shown.stdout.splitlines()[:4] == ["pretrain", str(recipe), "--run", run]
