@@ -128,9 +128,10 @@ class Launch:
     shard: str
     sequence: int
     rank_timeout: float
+    device: Device
 
     def is_asked(self) -> bool:
-        """Whether this process is to start others.
+        """Whether this process, or the launcher that it comes from, is to start others.
 
         Raises:
             UserError: the options do not go together.
@@ -139,11 +140,30 @@ class Launch:
 
         if self.gpus and self.processes:
             raise UserError("--gpus and --processes exclude each other", "--processes is for CPUs")
+        if (self.gpus and self.device is Device.cpu) or (self.processes and self.device is Device.cuda):
+            asked = f"--gpus {self.gpus}" if self.gpus else f"--processes {self.processes}"
+            raise UserError(f"{asked} and --device {self.device} exclude each other", "leave --device out")
         if self.nodes > 1 and not (self.gpus or self.processes):
             raise UserError(f"--nodes {self.nodes} does not say how many processes each has", "add --gpus N")
         if (self.nodes > 1) != (self.rendezvous is not None):
             raise UserError("--nodes and --rendezvous HOST:PORT belong together", "HOST is one of the nodes")
         return bool(self.gpus or self.processes)
+
+    def refuse_other_launcher(self) -> None:
+        """
+        Raises:
+            UserError: a launcher that is not ours has started another number of processes than is asked for.
+        """
+        import os
+
+        from mambatrain.errors import UserError
+
+        asked, started = self.gpus or self.processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if asked is not None and asked != started:
+            raise UserError(
+                f"{asked} processes are asked for, and the launcher started {started}",
+                "leave --gpus, --processes and --nodes out where torchrun or accelerate launch starts the processes",
+            )
 
     def start(self, folder: Path) -> NoReturn:
         """Runs this very command line once per device; the workers see that they are workers."""
@@ -200,8 +220,8 @@ def pretrain(
     elif recipe is None:
         raise UserError("there is no RECIPE", "`mambatrain recipes list` names the shipped ones")
     read = read_recipe(recipe, overrides)
-    launch = Launch(gpus, processes, nodes, rendezvous, shard, sequence, rank_timeout)
-    _train(read, recipe, None, run, launch, device, kernels, resume, tracker, quiet, branch_from)
+    launch = Launch(gpus, processes, nodes, rendezvous, shard, sequence, rank_timeout, device)
+    _train(read, recipe, None, run, launch, kernels, resume, tracker, quiet, branch_from)
 
 
 def finetune(
@@ -236,8 +256,8 @@ def finetune(
     start = open_weights(weights)
     warn_of_damage(start)
     read = read_recipe(recipe, overrides, model=start.section)
-    launch = Launch(gpus, processes, nodes, rendezvous, shard, sequence, rank_timeout)
-    _train(read, recipe, start, run, launch, device, kernels, resume, tracker, quiet)
+    launch = Launch(gpus, processes, nodes, rendezvous, shard, sequence, rank_timeout, device)
+    _train(read, recipe, start, run, launch, kernels, resume, tracker, quiet)
 
 
 def _train(
@@ -246,7 +266,6 @@ def _train(
     weights: Weights | None,
     run: Path | None,
     launch: Launch,
-    device: Device,
     kernels: Kernels,
     resume: bool | None,
     tracker: Tracker,
@@ -256,8 +275,10 @@ def _train(
     from mambatrain.launch import is_worker
 
     folder = run or Path("runs") / Path(name).stem
-    if not is_worker() and launch.is_asked():
-        launch.start(folder)
+    if launch.is_asked():
+        if not is_worker():
+            launch.start(folder)
+        launch.refuse_other_launcher()
     from mambatrain.training.stop import StopRequest
 
     with StopRequest() as stop:  # around the heavy imports: a signal during them asks, too
@@ -265,7 +286,7 @@ def _train(
         from mambatrain.training.assemble import Where
         from mambatrain.training.start import run_training
 
-        chosen: Any = "cuda" if launch.gpus else "cpu" if launch.processes else device.value
+        chosen: Any = "cuda" if launch.gpus else "cpu" if launch.processes else launch.device.value
         where = Where(chosen, kernels.value, tracker.value, quiet, launch.shard, launch.sequence, launch.rank_timeout)
         mode: Any = {None: "if-possible", True: "required", False: "fresh"}[resume]
         exit_code = run_training(recipe, folder, where, mode, stop, weights, branch_from)

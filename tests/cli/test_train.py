@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,6 +199,22 @@ def test_rows_that_do_not_divide_into_processes_are_refused_once(
     assert (done.returncode, done.stdout) == (1, "")
     assert "--sequence 2: 1 process(es) do not divide into groups of 2" in done.stderr
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "said"),
+    [
+        (("--processes", "2", "--device", "cuda"), {}, "--processes 2 and --device cuda exclude each other"),
+        (("--gpus", "2", "--device", "cpu"), {}, "--gpus 2 and --device cpu exclude each other"),
+        (("--processes", "2"), {"RANK": "0", "LOCAL_WORLD_SIZE": "4"}, "2 processes are asked for, and the launcher"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_and_not_chosen_from(
+    run_mambatrain: Run, write_tiny_recipe: WriteRecipe, options: tuple[str, ...], environment: Any, said: str
+) -> None:
+    done = run_mambatrain("pretrain", write_tiny_recipe(), "--run", "run", *options, environment=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"error: {said}" in done.stderr
 
 
 def test_wandb_without_a_key_is_offline_and_says_where(
