@@ -102,7 +102,8 @@ def fetch_run(target: str, folder: Path) -> Copied:
             was_begun = files is not None or storage.read_list(PARTIAL_FILE) is not None
             hint = "start `mambatrain runs archive` again: it was cut short"
             raise UserError(
-                f"{target} holds no archive ({ARCHIVE_FILE})", hint if was_begun else "name the target of `runs archive`"
+                f"{target} holds no archive ({ARCHIVE_FILE})",
+                hint if was_begun else "name the target of `runs archive`",
             )
         for name, facts in files.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -209,7 +210,7 @@ class Storage:
             self._system.rm_file(f"{self._root}/{name}")
 
     def read_list(self, name: str) -> dict[str, FileFacts] | None:
-        """The files that an archive lists: None where there is no list, none of them where its writing was cut short."""
+        """The files that an archive lists: None where there is no list, no files where its writing was cut short."""
         if self.size_of(name) is None:
             return None
         try:
