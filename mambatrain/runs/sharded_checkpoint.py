@@ -26,7 +26,7 @@ from mambatrain.runs.checkpoint_tensors import Part, write_shard
 from mambatrain.runs.progress import Progress
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 # All ranks write as much to the same disk: one that takes so much longer than another does not write any more.
 SECONDS_FOR_ANOTHER_RANK = 900.0
