@@ -52,7 +52,7 @@ def show(run: RunArgument) -> None:
     folder = open_run(run)
     summary = summarise_run(folder)
     if summary.problem is not None:
-        raise UserError(summary.problem, f"{folder.recipe_file} is written by mambatrain: restore it")
+        raise UserError(summary.problem, "mambatrain writes the files of a run: restore what was changed")
     for line in run_lines(folder, summary):
         print(line)
 

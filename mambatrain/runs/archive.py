@@ -140,14 +140,20 @@ def choose_checkpoints(run: RunFolder, which: Which) -> list[Path]:
     if not checkpoints:
         raise UserError(f"{run.path} has no checkpoints yet", "archive it when the first is written")
     if which != "all":
+        if which == "best":
+            _refuse_damaged(checkpoints[-1])  # it knows which is
         step = step_of(checkpoints[-1]) if which == "newest" else read_progress(checkpoints[-1]).best_step
         checkpoints = [checkpoint for checkpoint in checkpoints if step_of(checkpoint) == step]
         if not checkpoints:
             raise UserError(f"{run.path} keeps no best checkpoint", "--checkpoints newest, or all")
     for checkpoint in checkpoints:
-        if (damage := find_damage(checkpoint)) is not None:
-            raise UserError(damage, "`mambatrain runs verify` names what is whole")
+        _refuse_damaged(checkpoint)
     return checkpoints
+
+
+def _refuse_damaged(checkpoint: Path) -> None:
+    if (damage := find_damage(checkpoint)) is not None:
+        raise UserError(damage, "`mambatrain runs verify` names what is whole")
 
 
 def _own_files(run: RunFolder) -> list[Path]:

@@ -121,11 +121,17 @@ def refuse_other_branch(checkpoint: Path, folder: RunFolder) -> None:
 
 
 def read_branching(folder: RunFolder) -> Branching | None:
-    """Where a run branched; None of one that has a beginning of its own."""
+    """Where a run branched; None of one that has a beginning of its own.
+
+    Raises:
+        UserError: its file says something else.
+    """
     try:
         return Branching(**json.loads(folder.branch_file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder.branch_file} cannot be read: {error}", "restore it") from None
 
 
 def begin_branch(checkpoint: Path, recipe: Recipe, folder: RunFolder) -> Path:

@@ -143,16 +143,23 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that a crash cut short is left out."""
+    """The lines of a log up to the first that is none: a crash cuts the last one short."""
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+    for text in path.read_bytes().splitlines():
+        if (line := _line_of_log(text)) is None:
             break
+        lines.append(line)
     return lines
+
+
+def _line_of_log(text: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError):
+        line = json.loads(text)
+        if isinstance(line, dict) and isinstance(line.get("event"), str):
+            return line
+    return None
 
 
 def read_log_end(path: Path, events: frozenset[str]) -> dict[str, dict[str, Any]]:
@@ -167,9 +174,8 @@ def read_log_end(path: Path, events: frozenset[str]) -> dict[str, dict[str, Any]
             file.seek(max(0, size - num_bytes))
             found = {}
             for text in reversed(file.read(num_bytes).splitlines()):
-                with suppress(ValueError):  # the first may be cut by us, the last by a crash
-                    line = json.loads(text)
-                    found.setdefault(str(line["event"]), line)
+                if (line := _line_of_log(text)) is not None:  # the first may be cut by us, the last by a crash
+                    found.setdefault(line["event"], line)
             if num_bytes >= size:
                 break
             num_bytes *= 8

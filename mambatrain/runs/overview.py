@@ -67,21 +67,22 @@ def open_run(path: Path) -> RunFolder:
 
 
 def summarise_run(run: RunFolder) -> RunSummary:
-    """How a run stands; one whose recipe cannot be read has the state `unreadable`."""
+    """How a run stands; one whose recipe or log cannot be read has the state `unreadable`."""
     changed = run.log_file if run.log_file.is_file() else run.recipe_file
     age, size = max(0.0, time.time() - changed.stat().st_mtime), folder_bytes(run.path)
     try:
         recipe = read_recipe(str(run.recipe_file))
-    except UserError as error:
-        return RunSummary(run.path, "?", 0, 0, 0, None, "unreadable", age, size, error.message)
-    end = read_log_end(run.log_file, frozenset({"step", "held_out"}))
-    step = end.get("step", {"step": 0, "tokens_seen": 0})
+        end = read_log_end(run.log_file, frozenset({"step", "held_out"}))
+        step, tokens_seen = (int(end["step"][counter]) if "step" in end else 0 for counter in ("step", "tokens_seen"))
+    except (UserError, KeyError) as error:
+        problem = error.message if isinstance(error, UserError) else f"{run.log_file} has a step without {error}"
+        return RunSummary(run.path, "?", 0, 0, 0, None, "unreadable", age, size, problem)
     return RunSummary(
         path=run.path,
         model=f"{recipe.model.block} {recipe.model.d_model}x{recipe.model.num_layers}",
-        step=int(step["step"]),
+        step=step,
         total_steps=recipe.total_steps,
-        tokens_seen=int(step["tokens_seen"]),
+        tokens_seen=tokens_seen,
         bits_per_byte=end.get("held_out", {}).get("held_out_bits_per_byte"),
         state=_state_of(run, recipe),
         seconds_since_change=age,

@@ -127,6 +127,12 @@ def test_a_file_that_was_changed_there_is_not_fetched(run: RunFolder, target: st
     fetch_run(target, tmp_path / "back")
 
 
+def test_a_damaged_newest_checkpoint_cannot_say_which_is_the_best(run: RunFolder, target: str) -> None:
+    (list_checkpoints(run.path)[-1] / "progress.json").write_text('{"bad": 1}')
+    with pytest.raises(UserError, match=r"progress\.json has 10 bytes"):
+        archive_run(run, target, "best")
+
+
 def test_an_archive_is_never_written_over_a_run(run: RunFolder, tmp_path: Path) -> None:
     """Its own folder least of all: the files it is read from would be emptied first."""
     before = contents(run.path)

@@ -37,10 +37,10 @@ def test_a_log_is_cut_to_the_lines_of_a_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "log.jsonl"
     log = RunLog(file)
     for step in range(5):
-        log.write({"step": step})
+        log.write({"event": "step", "step": step})
     log.close()
     with file.open("a") as half:
-        half.write('{"step": 5, "lo')
+        half.write('{"event": "step", "step": 5, "lo')
     assert [line["step"] for line in read_log(file)] == [0, 1, 2, 3, 4]
     cut_log(file, 3)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2]

@@ -15,8 +15,9 @@ import torch
 from mambatrain.errors import UserError
 from mambatrain.recipe import read_recipe, write_recipe
 from mambatrain.runs import folder
+from mambatrain.runs.branch import read_branching
 from mambatrain.runs.checkpoint import Progress, damages_of, save_checkpoint
-from mambatrain.runs.folder import RunFolder, read_log_end
+from mambatrain.runs.folder import RunFolder, read_log, read_log_end
 from mambatrain.runs.overview import find_runs, open_run, summarise_run
 
 HOLD = """
@@ -107,6 +108,30 @@ def test_a_run_that_cannot_be_read_is_listed_as_such(run: RunFolder) -> None:
     assert summary.state == "unreadable"
     assert summary.problem is not None
     assert str(run.recipe_file) in summary.problem
+
+
+@pytest.mark.parametrize("line", [b"5", b"[1]", b'{"loss": 1}', b"\xff\xfe", b'{"event": ["step"]}'])
+def test_lines_that_are_no_log_are_passed_over(run: RunFolder, line: bytes) -> None:
+    """Of a disk that failed, or of another program: other runs are listed all the same."""
+    with run.log_file.open("ab") as file:
+        file.write(line + b"\n")
+    assert summarise_run(run).step == 4
+    assert [one["step"] for one in read_log(run.log_file)] == [0, 1, 2, 3, 4]
+
+
+def test_a_log_of_another_program_is_said(run: RunFolder) -> None:
+    run.log_file.write_text('{"event": "step"}\n')
+    summary = summarise_run(run)
+    assert summary.state == "unreadable"
+    assert summary.problem == f"{run.log_file} has a step without 'step'"
+
+
+def test_a_branch_file_that_cannot_be_read_is_named(run: RunFolder) -> None:
+    assert read_branching(run) is None
+    for content in ("{", "[]", '{"step": 1}'):
+        run.branch_file.write_text(content)
+        with pytest.raises(UserError, match=r"branched_from\.json cannot be read"):
+            read_branching(run)
 
 
 def test_runs_are_found_below_a_folder_but_not_within_a_run(run: RunFolder, tmp_path: Path) -> None:
