@@ -61,26 +61,34 @@ def launch_workers(
         meeting = [f"--nnodes={num_nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}"]
     command = [sys.executable, "-m", "mambatrain.launch", f"--nproc-per-node={num_processes}", *meeting]
     torchrun: list[subprocess.Popen[bytes]] = []
-    asked = 0
+    asked, nobody_there = 0, False
 
     def pass_on(signal_number: int, frame: FrameType | None) -> None:
-        nonlocal asked
+        nonlocal asked, nobody_there
         asked += 1
         for process in torchrun:
             with suppress(psutil.NoSuchProcess):
-                for worker in psutil.Process(process.pid).children() or [process]:
+                workers = psutil.Process(process.pid).children()
+                nobody_there = nobody_there or not workers
+                for worker in workers or [process]:
                     worker.send_signal(signal.SIGTERM if asked == 1 else signal.SIGKILL)
 
     previous = {number: signal.signal(number, pass_on) for number in _SIGNALS_PASSED_ON}
     try:
         worker_command = [*command, "-m", "--", "mambatrain", *arguments]
         torchrun.append(subprocess.Popen(worker_command, env=environment, start_new_session=True))
+        if asked:  # in the moment before
+            nobody_there = True
+            torchrun[0].terminate()
         exit_code = torchrun[0].wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if asked > 1:
         print("left at once; the newest checkpoint is whole", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if nobody_there and exit_code != 0:
+        print("left while no process of the run was there", file=sys.stderr)
         return EXIT_INTERRUPTED
     if exit_code != 0:
         return 1
@@ -90,6 +98,7 @@ def launch_workers(
 def _run_torchrun() -> None:
     """torchrun without its page of traceback when a worker fails: the worker has said why."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main
 
     try:
@@ -97,6 +106,12 @@ def _run_torchrun() -> None:
     except ChildFailedError as error:
         if said := describe_failures({rank: failure.exitcode for rank, failure in error.failures.items()}):
             print(f"error: {said}; the others were stopped", file=sys.stderr)
+        sys.exit(1)
+    except RendezvousError as error:
+        print(f"error: the nodes did not meet: {type(error).__name__} {error}".rstrip(), file=sys.stderr)
+        print(
+            "\nhint: every node runs the same command, and --rendezvous names one that all can reach", file=sys.stderr
+        )
         sys.exit(1)
 
 

@@ -136,6 +136,8 @@ class Launch:
         Raises:
             UserError: the options do not go together.
         """
+        import re
+
         from mambatrain.errors import UserError
 
         if self.gpus and self.processes:
@@ -147,6 +149,8 @@ class Launch:
             raise UserError(f"--nodes {self.nodes} does not say how many processes each has", "add --gpus N")
         if (self.nodes > 1) != (self.rendezvous is not None):
             raise UserError("--nodes and --rendezvous HOST:PORT belong together", "HOST is one of the nodes")
+        if self.rendezvous is not None and not re.fullmatch(r".+:\d{1,5}", self.rendezvous):
+            raise UserError(f"--rendezvous {self.rendezvous} is not HOST:PORT", "for example node1:29500")
         return bool(self.gpus or self.processes)
 
     def refuse_other_launcher(self) -> None:

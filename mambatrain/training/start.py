@@ -119,7 +119,7 @@ def run_training(
         if is_main:
             if recipe.adapter is not None and weights is not None:
                 write_adapter(run, weights)
-            _conclude(recipe, folder, stopped, "without --fresh" if resume == "fresh" else "again")
+            _conclude(recipe, folder, stopped, " without --fresh" if resume == "fresh" else "")
         accelerator.wait_for_everyone()
     return EXIT_STOPPED if stopped else 0
 
@@ -228,7 +228,7 @@ def _prepare_folder(
 def _conclude(recipe: Recipe, folder: RunFolder, stopped: bool, how: str) -> None:
     """The marker first: a batch script waits for it. Then the picture and the last words."""
     if stopped:
-        write_text_whole(folder.stopped_marker, f"asked to stop; the same command {how} continues\n")
+        write_text_whole(folder.stopped_marker, f"asked to stop; the same command{how} continues\n")
     try:
         draw = draw_loss if recipe.preferences is None else draw_preferences
         if draw(read_log(folder.log_file), folder.loss_picture, f"{folder.path.name}: {recipe.model.block}"):
@@ -238,7 +238,7 @@ def _conclude(recipe: Recipe, folder: RunFolder, stopped: bool, how: str) -> Non
     if checkpoints := list_checkpoints(folder.path):
         print_fact("checkpoint", str(checkpoints[-1]))
     if stopped:
-        print_fact("stopped", f"the same command {how} continues from here")
+        print_fact("stopped", f"the same command{how} continues from here")
 
 
 def _move_aside(folder: RunFolder) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mambatrain.runs.checkpoint import find_damage, list_checkpoints
@@ -206,6 +207,7 @@ def test_rows_that_do_not_divide_into_processes_are_refused_once(
     [
         (("--processes", "2", "--device", "cuda"), {}, "--processes 2 and --device cuda exclude each other"),
         (("--gpus", "2", "--device", "cpu"), {}, "--gpus 2 and --device cpu exclude each other"),
+        (("--processes", "1", "--nodes", "2", "--rendezvous", "a:b"), {}, "--rendezvous a:b is not HOST:PORT"),
         (("--processes", "2"), {"RANK": "0", "LOCAL_WORLD_SIZE": "4"}, "2 processes are asked for, and the launcher"),
     ],
 )
@@ -215,6 +217,22 @@ def test_what_contradicts_itself_is_refused_and_not_chosen_from(
     done = run_mambatrain("pretrain", write_tiny_recipe(), "--run", "run", *options, environment=environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert f"error: {said}" in done.stderr
+
+
+def test_a_signal_before_a_process_has_begun_ends_the_command_and_is_said(
+    write_tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    command = [Path(sys.executable).with_name("mambatrain"), "pretrain", write_tiny_recipe(), "--processes", "2"]
+    launcher = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (started := psutil.Process(launcher.pid).children()):
+        assert launcher.poll() is None
+        time.sleep(0.001)
+    started[0].suspend()  # it imports for a second before it starts the processes
+    launcher.send_signal(signal.SIGTERM)
+    started[0].resume()
+    _, stderr = launcher.communicate(timeout=300)
+    assert (launcher.returncode, stderr) == (130, "left while no process of the run was there\nstopped\n")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_wandb_without_a_key_is_offline_and_says_where(

@@ -126,3 +126,15 @@ def test_a_rank_that_waits_in_vain_for_the_others_to_come_says_so(
 )
 def test_the_launcher_names_who_failed_and_not_who_waited(exit_codes: dict[int, int], said: str) -> None:
     assert describe_failures(exit_codes) == said.format(host=socket.gethostname())
+
+
+def test_a_node_that_no_other_meets_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "mambatrain.launch", "--nnodes=2", "--nproc-per-node=1"]
+    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=join_timeout=1"]
+    done = subprocess.run(
+        [*command, *meeting, "-m", "mambatrain", "--version"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: the nodes did not meet: RendezvousTimeoutError\n\nhint: every node runs the same" in done.stderr
+    assert "Traceback" not in done.stderr
