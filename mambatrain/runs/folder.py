@@ -107,8 +107,8 @@ class RunFolder:
 
 
 def _sign(lock: IO[str]) -> None:
-    lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
+    with suppress(OSError):  # of a full disk; the first file of the run says it
+        os.write(lock.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def _lock_within(lock: IO[str], kind: int, seconds: float) -> bool:

@@ -1,4 +1,5 @@
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,13 @@ def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path: Path) -> None:
     file.write_text("{}\n")
     with pytest.raises(UserError, match="has 1 lines where the checkpoint counts 3"):
         cut_log(file, 3)
+
+
+def test_a_full_disk_does_not_keep_a_folder_from_being_held(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with RunFolder(tmp_path / "run").locked():
+            assert RunFolder(tmp_path / "run").is_running()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
