@@ -185,6 +185,16 @@ def from_main_process(value: T) -> T:
     return broadcast[0]
 
 
+def from_all_processes(value: T) -> list[T]:
+    """What each rank has, in their order, on every rank."""
+    if num_processes_expected() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    gathered: list[T] = gather_object([value])
+    return gathered
+
+
 def end_processes() -> None:
     """Leaves the process group, so that a finished run ends without torch's warning."""
     if torch.distributed.is_initialized():

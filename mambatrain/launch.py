@@ -38,6 +38,11 @@ def num_processes_expected() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def num_processes_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def launch_workers(
     arguments: list[str], num_processes: int, stopped_marker: Path, num_nodes: int = 1, rendezvous: str | None = None
 ) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mambatrain.cli.plain_help import within
-from mambatrain.cli.train import Kernels, KernelsOption, SetOption, ShardOption
+from mambatrain.cli.train import Kernels, KernelsOption, SequenceOption, SetOption, ShardOption
 
 if TYPE_CHECKING:
     from mambatrain.planning.plan import Place
@@ -37,6 +37,7 @@ def plan(
         int, typer.Option("--gpus-per-node", min=1, metavar="N", help="What `--shard node` divides the model over.")
     ] = 8,
     shard: ShardOption = "no",
+    sequence: SequenceOption = 1,
     overrides: SetOption = None,
     kernels: KernelsOption = Kernels.auto,
     utilisation: Annotated[
@@ -70,7 +71,7 @@ def plan(
     from mambatrain.recipe import read_recipe
 
     read = read_recipe(recipe, overrides)
-    place = find_place(read, gpus, gpu.value, gpus_per_node, shard, kernels.value, utilisation)
+    place = find_place(read, gpus, gpu.value, gpus_per_node, shard, sequence, kernels.value, utilisation)
     if dry_run and place.shards == 1:
         raise UserError("--dry-run divides a model over ranks, and --shard does not say how", "add --shard full")
     made = make_plan(read, place)
@@ -78,14 +79,16 @@ def plan(
     if dry_run:
         from mambatrain.planning.dry_run import run_dry
 
-        counted = run_dry(read, place, made.micro_batch_rows, made.micro_batches_per_step)
+        counted = run_dry(
+            read.recomputing(made.recompute_every), place, made.micro_batch_rows, made.micro_batches_per_step
+        )
         content["dry_run"] = counted.as_json()
         lines += dry_run_lines(counted)
     print(json.dumps(content, indent=2) if json_wanted else "\n".join(lines))
 
 
 def find_place(
-    recipe: Recipe, gpus: int, gpu: str, gpus_per_node: int, shard: str, kernels: str, utilisation: float
+    recipe: Recipe, gpus: int, gpu: str, gpus_per_node: int, shard: str, sequence: int, kernels: str, utilisation: float
 ) -> Place:
     """The device, its precision, and the operators that would run on it."""
     import torch
@@ -96,16 +99,19 @@ def find_place(
     from mambatrain.planning.plan import Place
     from mambatrain.training.build import parameter_dtype
     from mambatrain.training.eight_bit_adamw import refuse_eight_bit
+    from mambatrain.training.sequence import refuse_with_sequence
     from mambatrain.training.sharding import num_shards, refuse_with_shards
 
     shards = num_shards(shard, gpus, min(gpus, gpus_per_node))
     if shards > 1:
         refuse_with_shards(recipe, shard)
+    if sequence > 1:
+        refuse_with_sequence(recipe, sequence, shards, kernels)
     device, cpu, asked = this_gpu() if gpu == "auto" else GPUS.get(gpu), torch.device("cpu"), recipe.training.precision
     if device is None:
         refuse_eight_bit(recipe, cpu)
         precision = resolve_precision(asked, cpu)
         backend = choose_backend(kernels, cpu, parameter_dtype(precision))
-        return Place(this_cpu(precision), True, gpus, shards, precision, backend, utilisation)
+        return Place(this_cpu(precision), True, gpus, shards, precision, backend, utilisation, sequence)
     backend = native_on_gpus() if kernels in ("auto", "native") else choose_backend(kernels, torch.device("cuda"))
-    return Place(device, False, gpus, shards, "bf16" if asked == "auto" else asked, backend, utilisation)
+    return Place(device, False, gpus, shards, "bf16" if asked == "auto" else asked, backend, utilisation, sequence)

@@ -22,6 +22,8 @@ _MEANINGS = {
     "activations": "kept for the backward pass; training.micro_batch_rows, training.activation_checkpointing",
     "loss": "logits of a chunk, and the gradients made of them",
     "communication": "gathered weights, and gradients on their way",
+    "states": "of the row slots, which go on from them; data.carry_state",
+    "saved_copy": "what is written while training goes on; checkpoint.asynchronous",
     "holes": "freed, kept by the C library, and nothing fitted into it",
     "process": "Python and its libraries",
 }
@@ -29,7 +31,10 @@ _MEANINGS = {
 
 def plan_lines(name: str, recipe: Recipe, place: Place, plan: Plan) -> Iterator[str]:
     """A plan in words and columns."""
+    from mambatrain.training.facts import describe_recomputing
+
     shared = f", {place.shards} share a copy of the model" if place.shards > 1 else ""
+    shared += f", {place.sequence} share each row" if place.sequence > 1 else ""
     yield f"{name} on {place.num_devices:,} x {place.device.name}{shared}"
     yield f"{place.precision}, kernels {place.backend.name}: {place.backend.reason}"
     yield ""
@@ -40,10 +45,16 @@ def plan_lines(name: str, recipe: Recipe, place: Place, plan: Plan) -> Iterator[
     yield ""
     yield "training"
     yield f"  {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens: {plan.total_tokens:,} tokens"
-    yield (
-        f"  each process: {plan.micro_batches_per_step:,} x {plan.micro_batch_rows:,} rows of "
-        f"{recipe.data.row_tokens:,} tokens a step"
+    rows = (
+        f"{plan.micro_batches_per_step:,} x {plan.micro_batch_rows:,} rows of {recipe.data.row_tokens:,} tokens a step"
     )
+    if place.sequence == 1:
+        yield f"  each process: {rows}"
+    else:
+        length = -(-recipe.data.row_tokens // place.sequence)
+        yield f"  each group of {place.sequence} processes: {rows}, of which each has {length:,} tokens of a row"
+    if recipe.training.activation_checkpointing == "auto" or plan.recompute_every:
+        yield f"  {describe_recomputing(plan.recompute_every, recipe.model.num_layers)}"
     yield f"  {plan.flops_per_token:.3e} FLOPs a token, {plan.total_flops:.3e} in all"
     yield (
         f"  {format_seconds(plan.seconds)} if {place.utilisation:.0%} of the peak is reached (an assumption: "
@@ -55,11 +66,15 @@ def plan_lines(name: str, recipe: Recipe, place: Place, plan: Plan) -> Iterator[
         if count:
             yield f"  {part:<15}{format_bytes(count):>12}  {_MEANINGS[part]}".rstrip()
     yield f"  {'in all':<15}{format_bytes(plan.memory.total):>12}"
+    if plan.host_bytes:
+        of = "each process" if place.shards > 1 else "the first process"
+        yield f"  and {format_bytes(plan.host_bytes)} of CPU memory of {of}: {_MEANINGS['saved_copy']}"
     yield ""
     if plan.traffic:
         yield "between processes, in each step"
         for one in plan.traffic:
             times = f"{one.count:>6,} times" if one.count else "in buckets"
+            times += " to neighbours" if one.kind == "states" else ""
             yield f"  {one.kind:<15}{format_bytes(one.num_bytes):>12}  {times}"
         yield f"  {'sent by each':<15}{format_bytes(plan.sent_bytes_per_step):>12}"
         yield ""

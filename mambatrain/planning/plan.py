@@ -12,11 +12,12 @@ from mambatrain.errors import UserError
 from mambatrain.models.flops import count_parameters, training_flops_per_token
 from mambatrain.ops.backends import Backend
 from mambatrain.planning.hardware import USABLE_OF_GPU, Device
-from mambatrain.planning.memory import MemoryPlan, optimizer_bytes, plan_memory
+from mambatrain.planning.memory import MemoryPlan, checkpoint_bytes, plan_memory, saved_copy_bytes
 from mambatrain.planning.sharding import Traffic, bytes_sent, traffic_of
 from mambatrain.recipe import Recipe
-from mambatrain.training.resolve import choose_micro_batch_rows
-from mambatrain.training.sharding import settings_refused_with_shards
+from mambatrain.training.resolve import resolve
+from mambatrain.training.sequence import share_of_rank
+from mambatrain.training.sharding import refused_with_shards
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,18 @@ class Place:
     backend: Backend
     utilisation: float
     """Model FLOPs a second over the device's peak: assumed, not measured."""
+    sequence: int = 1
+    """Devices that share each row."""
+
+    @property
+    def free_bytes(self) -> int:
+        """What a process finds free when it begins, on devices that nothing else uses."""
+        return self.device.memory_bytes // (self.num_devices if self.is_cpu else 1)
 
     @property
     def usable_bytes(self) -> int:
         """What each process may fill; processes on a CPU share its memory."""
-        memory = self.device.memory_bytes
-        return memory // self.num_devices if self.is_cpu else int(USABLE_OF_GPU * memory)
+        return self.free_bytes if self.is_cpu else int(USABLE_OF_GPU * self.free_bytes)
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,13 @@ class Plan:
     micro_batch_rows: int
     micro_batches_per_step: int
     """Of each process."""
+    recompute_every: int
+    """Every how many blocks one is computed again; 0: none. What `training.activation_checkpointing` comes to here."""
     memory: MemoryPlan
     """Of each process."""
+    host_bytes: int
+    """CPU memory that `checkpoint.asynchronous` takes on a machine with a GPU: of each process of a divided model, else
+    of the first one."""
     usable_bytes: int
     fits: bool
     change: str | None
@@ -79,23 +91,18 @@ def make_plan(recipe: Recipe, place: Place) -> Plan:
     """Plans a recipe; nothing is built, and no data is needed.
 
     Raises:
-        UserError: the rows of a step do not divide into the devices, or the recipe trains an adapter.
+        UserError: the rows of a step do not divide into the devices, or the recipe trains what is not planned.
     """
-    if recipe.adapter is not None or recipe.parameters.frozen:
-        raise UserError(
-            "plan counts the training of a whole model, and this recipe trains an adapter or leaves parameters frozen",
-            "take those sections out; what is trained then is the most it can cost",
-        )
-    rows = _rows_per_process(recipe, place.num_devices)
-    at_once = _rows_at_once(recipe, place, rows)
+    asked = recipe
+    _refuse_unplanned(recipe)
+    recipe, rows, at_once = settle(recipe, place)
     memory = plan_memory(recipe, place, rows, at_once)
     fits = memory.total <= place.usable_bytes
-    traffic = traffic_of(recipe, place.precision, place.num_devices, place.shards, -(-rows // at_once))
+    traffic = traffic_of(recipe, place.precision, place.num_devices, place.shards, -(-rows // at_once), place.sequence)
     tokens = recipe.total_steps * recipe.tokens_per_step
     flops = training_flops_per_token(recipe.model, recipe.data.row_tokens)
     speed = place.num_devices * place.device.peak_flops(place.precision) * place.utilisation / flops
     parameters = count_parameters(recipe.model)
-    width = 8 if place.precision == "fp64" else 4
     return Plan(
         parameters=parameters,
         flops_per_token=flops,
@@ -105,44 +112,52 @@ def make_plan(recipe: Recipe, place: Place) -> Plan:
         total_steps=recipe.total_steps,
         micro_batch_rows=at_once,
         micro_batches_per_step=-(-rows // at_once),
+        recompute_every=recipe.recompute_every,
         memory=memory,
+        host_bytes=0 if place.is_cpu else saved_copy_bytes(recipe, place, rows),
         usable_bytes=place.usable_bytes,
         fits=fits,
-        change=None if fits else find_change(recipe, place),
+        change=None if fits else find_change(asked, place),
         traffic=traffic,
         sent_bytes_per_step=bytes_sent(traffic, place.num_devices, place.shards),
         seconds=tokens / speed,
         tokens_per_second=speed,
         shard_bytes=tokens * token_dtype(recipe.model.vocab_size).itemsize,
-        checkpoint_bytes=parameters["total"] * width + optimizer_bytes(recipe, place.precision),
+        checkpoint_bytes=checkpoint_bytes(recipe, place.precision, 1, recipe.rows_per_step),
         checkpoints_kept=recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best + 1,
     )
 
 
-def _rows_per_process(recipe: Recipe, num_devices: int) -> int:
-    rows, left = divmod(recipe.rows_per_step, num_devices)
-    if left or not rows:
+def _refuse_unplanned(recipe: Recipe) -> None:
+    if recipe.adapter is not None or recipe.parameters.frozen:
         raise UserError(
-            f"{recipe.rows_per_step} rows a step do not divide into {num_devices} devices",
-            "--set training.tokens_per_step to a multiple, or plan for another number of devices",
+            "plan counts the training of a whole model, and this recipe trains an adapter or leaves parameters frozen",
+            "take those sections out; what is trained then is the most it can cost",
         )
-    return rows
+    if recipe.preferences is not None:
+        raise UserError(
+            "plan counts next-token training, and this recipe learns from preferences", "take preferences out"
+        )
 
 
-def _rows_at_once(recipe: Recipe, place: Place, rows: int) -> int:
-    """As `pretrain` takes them on a device whose memory is free."""
-    asked = recipe.training.micro_batch_rows
-    if asked == "auto":
-        asked = choose_micro_batch_rows(recipe, rows, place.device.memory_bytes)
-    return min(rows, asked)
+def settle(recipe: Recipe, place: Place) -> tuple[Recipe, int, int]:
+    """The recipe without `auto`, rows of a process in a step, and at once: as `pretrain` decides where memory is free.
+
+    Raises:
+        UserError: the rows of a step do not divide into the devices, or the devices into groups that share rows.
+    """
+    share = share_of_rank(place.sequence, 0, place.num_devices)
+    resolved = resolve(recipe, None, place.precision, place.free_bytes, share, place.shards)
+    rows = recipe.rows_per_step // share.num_groups
+    return recipe.recomputing(resolved.recompute_every), rows, resolved.micro_batch_rows
 
 
 def find_change(recipe: Recipe, place: Place) -> str | None:
     """The first change that makes it fit: what costs no time before what does."""
-    rows = _rows_per_process(recipe, place.num_devices)
-    at_once = _rows_at_once(recipe, place, rows)
+    at_once = settle(recipe, place)[2]
     for words, changed, where in _changes(recipe, place, at_once):
-        if plan_memory(changed, where, rows, _rows_at_once(changed, where, rows)).total <= place.usable_bytes:
+        settled, rows, now_at_once = settle(changed, where)
+        if plan_memory(settled, where, rows, now_at_once).total <= place.usable_bytes:
             return words
     return None
 
@@ -157,10 +172,10 @@ def _changes(recipe: Recipe, place: Place, at_once: int) -> Iterator[tuple[str, 
     again = "--set training.activation_checkpointing=every_block"
     yield again, training(activation_checkpointing="every_block"), place
     sharded = replace(place, shards=place.num_devices)
-    can_divide = place.shards < place.num_devices and not settings_refused_with_shards(recipe)
-    if can_divide:
+    can_shard = place.shards < place.num_devices and place.sequence == 1 and not refused_with_shards(recipe)
+    if can_shard:
         yield "--shard full", recipe, sharded
     least = training(activation_checkpointing="every_block", micro_batch_rows=1)
     yield f"{again} --set training.micro_batch_rows=1", least, place
-    if can_divide:
+    if can_shard:
         yield f"--shard full {again} --set training.micro_batch_rows=1", least, sharded

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mambatrain.devices import Precision
 from mambatrain.models.parameters import parameter_rows
+from mambatrain.models.sequence_parallel import bytes_sent as bytes_to_neighbours
 from mambatrain.recipe import Recipe
 
 FP32, BF16 = 4, 2
@@ -68,21 +69,27 @@ class Traffic:
     """Of the whole tensor that all ranks of the group have together."""
 
 
+STATES = "states"
+"""Traffic between ranks that share rows, in place of a collective."""
+
+
 def traffic_of(
-    recipe: Recipe, precision: Precision, num_devices: int, shards: int, num_micro_batches: int
+    recipe: Recipe, precision: Precision, num_devices: int, shards: int, num_micro_batches: int, num_parts: int = 1
 ) -> list[Traffic]:
     """What a rank takes part in during one step, the few scalars left out.
 
     A divided model: in each micro-batch each unit is gathered for forward and again for backward, the root's once, and
     with activation checkpointing no more often. In the last micro-batch gradients are summed and scattered in the
     precision of the weights, and, where several groups hold the model, the shards are summed over the groups.
-    Copies (DDP): gradients are summed once.
+    Copies (DDP): gradients are summed once. Ranks that share rows: each layer's state to the right and its gradient to
+    the left, of a rank that has both neighbours where there are three.
     """
     units = units_of(recipe, precision, shards)
     width = 8 if precision == "fp64" else FP32
     if shards == 1:
         whole = sum(unit.numbers for unit in units) * width
-        return [Traffic("all-reduce", 0, whole)] if num_devices > 1 else []
+        summed = [Traffic("all-reduce", 0, whole)] if num_devices > 1 else []
+        return summed + _states_sent(recipe, width, num_devices, num_micro_batches, num_parts)
     gathers = [(1 if unit.is_root else 2) * num_micro_batches for unit in units]
     traffic = [
         Traffic("all-gather", sum(gathers), sum(n * one.gathered_bytes for n, one in zip(gathers, units, strict=True))),
@@ -93,10 +100,21 @@ def traffic_of(
     return traffic
 
 
+def _states_sent(recipe: Recipe, width: int, num_devices: int, num_micro_batches: int, num_parts: int) -> list[Traffic]:
+    if num_parts == 1:
+        return []
+    part = 1 if num_parts > 2 else 0
+    rows = recipe.rows_per_step * num_parts // num_devices
+    messages = num_micro_batches * recipe.model.num_layers * (1 + part)
+    return [Traffic(STATES, messages, bytes_to_neighbours(recipe.model, rows, part, num_parts, width))]
+
+
 def bytes_sent(traffic: list[Traffic], num_devices: int, shards: int) -> int:
     """What each rank sends in a step with ring algorithms: (n - 1) / n of the tensor, twice that to sum for all."""
 
     def share(one: Traffic) -> float:
+        if one.kind == STATES:
+            return 1.0
         if one.kind == "all-reduce":
             ranks = num_devices // shards
             return 2 * (ranks - 1) / ranks

@@ -47,8 +47,9 @@ class TrainingSection(Section):
     """Rows a device holds at once; auto: chosen once from the device's memory, recorded, kept on resume."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """Of matrix products. auto: bf16 where the machine has it in hardware, else fp32. Parameters stay fp32 (fp64)."""
-    activation_checkpointing: Literal["none", "every_block"] | Annotated[int, Field(ge=2)] = "none"
-    """every_block: keep each block's input only and compute the rest again in the backward pass; k: every k-th's."""
+    activation_checkpointing: Literal["none", "every_block", "auto"] | Annotated[int, Field(ge=2)] = "none"
+    """every_block: keep each block's input only and compute the rest again in the backward pass; k: every k-th's; auto:
+    as few as fit the device's memory, chosen once, recorded, kept on resume."""
     segment_tokens: PositiveInt | None = None
     """Longer rows go through the model in segments of so many tokens, state and gradients handed on: the activations of
     one are held at a time, and those of all others computed again in the backward pass. null: rows go through whole."""
@@ -206,9 +207,15 @@ class Recipe(Section):
 
     @property
     def recompute_every(self) -> int:
-        """Every how many blocks one keeps its input only; 0: none does."""
+        """Every how many blocks one keeps its input only; 0: none does. Of `auto` see `training/fitting.py`."""
         asked = self.training.activation_checkpointing
         return asked if isinstance(asked, int) else {"none": 0, "every_block": 1}[asked]
+
+    def recomputing(self, every: int) -> Self:
+        """The recipe with what `auto` came to in its place, as `recompute_every` counts."""
+        settled = {0: "none", 1: "every_block"}.get(every, every)
+        training = self.training.model_copy(update={"activation_checkpointing": settled})
+        return self.model_copy(update={"training": training})
 
     @property
     def decay_steps(self) -> int:

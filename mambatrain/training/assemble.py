@@ -39,7 +39,7 @@ from mambatrain.training.name_patterns import freeze_parameters, rates_of
 from mambatrain.training.optimizer import build_optimizers, restore_optimizer
 from mambatrain.training.rank_watch import RankWatch, wait_without_end
 from mambatrain.training.references import give_references
-from mambatrain.training.resolve import Resolved, resolve
+from mambatrain.training.resolve import Resolved, decide_precision, read_facts, resolve_together, rows_of_group
 from mambatrain.training.sequence import RowShare, join_neighbours, refuse_with_sequence, share_of_rank
 from mambatrain.training.sharding import num_shards, refuse_with_shards
 from mambatrain.training.training_run import TrainingRun
@@ -136,7 +136,7 @@ def assemble(
     if recipe.preferences is not None:
         give_references(recipe, parts, folder, where.quiet)
     objective, trained = build_objective(
-        recipe,
+        recipe.recomputing(resolved.recompute_every),
         parts.backend,
         accelerator.device,
         resolved.precision,
@@ -211,10 +211,14 @@ def open_data(recipe: Recipe, weights: Weights | None, folder: RunFolder, may_wr
 
 
 def start_processes(recipe: Recipe, folder: RunFolder, where: Where, fresh: bool) -> tuple[Accelerator, Resolved]:
-    """Device, precision and processes of this run."""
+    """Device and processes of this run, and what `auto` in its recipe is on all of them."""
     device = choose_device(where.device)
     if device.type == "cpu":
         keep_freed_memory()
     share = share_of_rank(where.sequence, rank_of_process(), num_processes_expected())
-    resolved = resolve(recipe, folder, device, share, fresh)
-    return start_accelerator(device, resolved.precision, where.rank_timeout), resolved
+    rows_of_group(recipe, share)  # refused before the others are waited for
+    recorded = None if fresh else read_facts(folder)
+    precision = decide_precision(recipe, recorded, device)
+    accelerator = start_accelerator(device, precision, where.rank_timeout)
+    shards = num_shards(where.shard, accelerator.num_processes)
+    return accelerator, resolve_together(recipe, recorded, precision, accelerator.device, share, shards)

@@ -79,6 +79,14 @@ def describe_data(recipe: Recipe, data: TrainingData) -> list[str]:
     return lines
 
 
+def describe_recomputing(every: int, num_layers: int) -> str:
+    """Which blocks are computed again in the backward pass, in words."""
+    if not every:
+        return "no block is computed again in the backward pass"
+    which = "every block" if every == 1 else f"one block in {every}"
+    return f"{which} is computed again in the backward pass, {num_layers // every} of {num_layers}"
+
+
 def print_facts(
     recipe: Recipe,
     folder: RunFolder,
@@ -102,6 +110,9 @@ def print_facts(
         f"{recipe.total_steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts['precision']}, "
         f"micro-batches of {facts['micro_batch_rows']} rows, {processes} on {facts['device']}",
     )
+    if facts["recompute_chosen"] or facts["recompute_every"]:
+        chosen = " (auto)" if facts["recompute_chosen"] else ""
+        print_fact("memory", describe_recomputing(facts["recompute_every"], recipe.model.num_layers) + chosen)
     print_fact("kernels", f"{backend.name}: {backend.reason}")
 
 

@@ -112,7 +112,8 @@ def _digest(references: dict[str, Tensor]) -> str:
 def _compute(recipe: Recipe, parts: Parts, quiet: bool) -> dict[str, Tensor]:
     """Split -> (num_documents,) fp64, the same on each rank, each of which has gone through its share of the pairs."""
     accelerator, device = parts.accelerator, parts.accelerator.device
-    model = build_model(recipe, parts.backend, device, parts.resolved.precision, shards=1)
+    settled = recipe.recomputing(parts.resolved.recompute_every)
+    model = build_model(settled, parts.backend, device, parts.resolved.precision, shards=1)
     fill_parameters(model, recipe, parts.weights)
     references = {}
     for split, shard in parts.data.sources[CHATS].shards.items():

@@ -8,25 +8,70 @@ from typing import Any
 
 import torch
 
-from mambatrain.devices import Precision, available_memory_bytes, resolve_precision
+from mambatrain.devices import Precision, available_memory_bytes, from_all_processes, resolve_precision
 from mambatrain.errors import UserError
-from mambatrain.models.flops import count_parameters
+from mambatrain.launch import num_processes_here
 from mambatrain.recipe import Recipe
 from mambatrain.runs.folder import RunFolder
 from mambatrain.runs.weights import Weights
+from mambatrain.training.fitting import choose_micro_batch_rows, choose_recompute_every
 from mambatrain.training.sequence import RowShare
+
+Facts = dict[str, Any]
+"""run.json."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What `auto` came to on the first start of a run; kept on every resume."""
+    """What `auto` came to on the first start of a run; kept on every resume, and the same on every rank."""
 
     precision: Precision
     micro_batch_rows: int
+    recompute_every: int
+    """Every how many blocks one keeps its input only; 0: none does."""
+    recompute_chosen: bool
+    """Whether that is what `auto` came to: what a recipe says outright is not kept where a branch says otherwise."""
 
 
-def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, share: RowShare, fresh: bool) -> Resolved:
-    """Precision and micro-batch: as recorded in the run, or chosen now."""
+def resolve(
+    recipe: Recipe, recorded: Facts | None, precision: Precision, free_bytes: int, share: RowShare, shards: int
+) -> Resolved:
+    """Rows at once and blocks computed again: as recorded in the run, or chosen now.
+
+    Args:
+        recipe: of the run.
+        recorded: its run.json; None: it begins.
+        precision: decided before, as processes join in it.
+        free_bytes: of the rank that has least.
+        share, shards: how many ranks share a row, and a copy of the model.
+
+    Raises:
+        UserError: the rows of a step do not divide into the ranks.
+    """
+    rows = rows_of_group(recipe, share)
+    training, kept = recipe.training, recorded or {}
+    known = int(kept["micro_batch_rows"]) if recorded is not None else training.micro_batch_rows
+    recompute = training.activation_checkpointing
+    is_asked = recompute == "auto"
+    if is_asked and kept.get("recompute_chosen", False):
+        recompute_every = int(kept["recompute_every"])
+    elif is_asked:
+        at_once = 1 if known == "auto" else min(rows, known)
+        recompute_every = choose_recompute_every(recipe, at_once, free_bytes, share.num_parts, shards)
+    else:
+        recompute_every = recipe.recompute_every
+    if known == "auto":
+        settled = recipe.recomputing(recompute_every)
+        known = choose_micro_batch_rows(settled, rows, free_bytes, share.num_parts, shards)
+    return Resolved(precision, min(rows, known), recompute_every, is_asked)
+
+
+def rows_of_group(recipe: Recipe, share: RowShare) -> int:
+    """Rows of a step that one group of ranks has.
+
+    Raises:
+        UserError: they do not divide into the ranks.
+    """
     rows = recipe.rows_per_step // share.num_groups
     if rows * share.num_groups != recipe.rows_per_step:
         raise UserError(
@@ -40,24 +85,50 @@ def resolve(recipe: Recipe, folder: RunFolder, device: torch.device, share: RowS
                 f"on, do not divide into {share.all_ranks}",
                 "--set training.tokens_per_step to a multiple, or start another number of processes",
             )
-    if not fresh:
-        facts = read_facts(folder)
-        return Resolved(facts["precision"], min(rows, int(facts["micro_batch_rows"])))
-    precision = resolve_precision(recipe.training.precision, device)
-    asked = recipe.training.micro_batch_rows
-    if asked == "auto":
-        asked = choose_micro_batch_rows(recipe, rows, available_memory_bytes(device), share.num_parts)
-    return Resolved(precision, min(rows, asked))
+    return rows
 
 
-def read_facts(folder: RunFolder) -> dict[str, Any]:
+def decide_precision(recipe: Recipe, recorded: Facts | None, device: torch.device) -> Precision:
+    """As recorded, or what `auto` is on this device."""
+    if recorded is not None:
+        precision: Precision = recorded["precision"]
+        return precision
+    return resolve_precision(recipe.training.precision, device)
+
+
+def resolve_together(
+    recipe: Recipe, recorded: Facts | None, precision: Precision, device: torch.device, share: RowShare, shards: int
+) -> Resolved:
+    """`resolve` with what all ranks know: the least memory of any, and what rank 0 has read of the run.
+
+    Ranks that took other numbers of rows at once would wait for each other for ever.
+
+    Raises:
+        UserError: `auto` is not the same precision on all of them, or the rows do not divide.
+    """
+    everyone = from_all_processes((precision, memory_of_process(device), recorded))
+    if len(precisions := sorted({one[0] for one in everyone})) > 1:
+        raise UserError(
+            f"training.precision is {' on some processes and '.join(precisions)} on others",
+            f"say which: --set training.precision={precisions[-1]}",
+        )
+    return resolve(recipe, everyone[0][2], precision, min(one[1] for one in everyone), share, shards)
+
+
+def memory_of_process(device: torch.device) -> int:
+    """Bytes that are free for this process; processes on a CPU share what the machine has."""
+    free = available_memory_bytes(device)
+    return free // num_processes_here() if device.type == "cpu" else free
+
+
+def read_facts(folder: RunFolder) -> Facts:
     """What run.json recorded.
 
     Raises:
         UserError: it is missing or damaged.
     """
     try:
-        facts: dict[str, Any] = json.loads(folder.facts_file.read_text(encoding="utf-8"))
+        facts: Facts = json.loads(folder.facts_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder.facts_file} cannot be read: {error}", "restore it, or begin again with --fresh"
@@ -65,7 +136,7 @@ def read_facts(folder: RunFolder) -> dict[str, Any]:
     return facts
 
 
-def refuse_changed_origin(folder: RunFolder, facts: dict[str, Any], data_digest: str, weights: Weights | None) -> None:
+def refuse_changed_origin(folder: RunFolder, facts: Facts, data_digest: str, weights: Weights | None) -> None:
     """A run goes on with the data and from the weights that it began with.
 
     Args:
@@ -87,25 +158,3 @@ def refuse_changed_origin(folder: RunFolder, facts: dict[str, Any], data_digest:
                 f"{folder.path} cannot go on: {what} changed since it began\n  began with {before}\n  now        {now}",
                 "bring back what it began with, or begin again with --fresh",
             )
-
-
-def choose_micro_batch_rows(recipe: Recipe, rows: int, free_bytes: int, num_parts: int = 1) -> int:
-    """The largest divisor of a rank's rows whose activations fill at most half of the memory that is free.
-
-    Per token and layer about 40 d_model + 20 E bytes are kept for the backward pass in mixed precision, twice that in
-    fp32; with activation checkpointing the block's input alone (4 d_model). An estimate on the safe side. A rank has
-    one of the `num_parts` parts of each row.
-    """
-    model = recipe.model
-    per_layer = 2 * (40 * model.d_model + 20 * model.d_inner)
-    recomputed = model.num_layers // recipe.recompute_every if recipe.recompute_every else 0
-    kept = (model.num_layers - recomputed) * per_layer + recomputed * 4 * model.d_model
-    kept += per_layer if recomputed else 0  # one block at a time is whole again
-    states = 16 * count_parameters(model)["total"]  # weights, gradients, two moments
-    room = max(0.0, 0.5 * (free_bytes - states))
-    segment, row = recipe.training.segment_tokens, -(-recipe.data.row_tokens // num_parts)
-    kept_of_row = kept * min(segment or row, row)
-    if segment is not None:  # with the fp32 states between segments
-        kept_of_row += row // segment * 4 * model.num_layers * model.d_inner * model.state_size
-    fitting = int(room // kept_of_row)
-    return next((n for n in range(min(rows, max(1, fitting)), 0, -1) if rows % n == 0), 1)

@@ -50,8 +50,17 @@ def num_shards(asked: str, num_processes: int, processes_per_node: int | None = 
     return shards
 
 
-def settings_refused_with_shards(recipe: Recipe) -> list[str]:
-    """What of a recipe a divided model does not do."""
+def refuse_with_shards(recipe: Recipe, asked: str) -> None:
+    """
+    Raises:
+        UserError: the recipe asks for something that a divided model does not do.
+    """
+    if named := refused_with_shards(recipe):
+        raise UserError(f"--shard {asked} does not go with {', '.join(named)}", "leave one of them out")
+
+
+def refused_with_shards(recipe: Recipe) -> list[str]:
+    """Settings of the recipe that a divided model does not do."""
     refused = {
         "guards.health_every_steps": recipe.guards.health_every_steps is not None,
         "adapter": recipe.adapter is not None,
@@ -62,15 +71,6 @@ def settings_refused_with_shards(recipe: Recipe) -> list[str]:
         "optimizer.state_precision 8bit": recipe.optimizer.state_precision == "8bit",
     }
     return [setting for setting, is_set in refused.items() if is_set]
-
-
-def refuse_with_shards(recipe: Recipe, asked: str) -> None:
-    """
-    Raises:
-        UserError: the recipe asks for something that a divided model does not do.
-    """
-    if named := settings_refused_with_shards(recipe):
-        raise UserError(f"--shard {asked} does not go with {', '.join(named)}", "leave one of them out")
 
 
 def make_mesh(shards: int, device_type: str) -> DeviceMesh:

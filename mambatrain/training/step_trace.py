@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -23,13 +24,19 @@ from mambatrain.adapters.trained import whole_model
 from mambatrain.devices import Precision
 from mambatrain.models.language_model import LanguageModel
 from mambatrain.models.parameters import parameter_shapes
+from mambatrain.models.sequence_parallel import RowNeighbours
+from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import Backend
 from mambatrain.recipe import Recipe
 from mambatrain.training.build import parameter_dtype
+from mambatrain.training.carried import joined, states_of
 from mambatrain.training.heap import reach
 from mambatrain.training.optimizer import build_optimizers
 
-Part = Literal["weights", "gradients", "optimizer", "activations", "loss"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Part = Literal["weights", "gradients", "optimizer", "activations", "loss", "states"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,15 @@ class StorageLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor is not None and (known := self._alive.get(id(tensor.untyped_storage()))):
             self.parts[known[0]] = part
 
+    @contextmanager
+    def making(self, part: Part) -> Iterator[None]:
+        """Whatever is made in the block is of this part."""
+        self.now = part
+        try:
+            yield
+        finally:
+            self.now = "activations"
+
     def trace(self) -> StepTrace:
         """What was written down."""
         return StepTrace(self.events, self.parts)
@@ -123,6 +139,7 @@ def trace_steps(
     micro_batch_rows: int,
     num_micro_batches: int,
     is_sharded: bool = False,
+    num_parts: int = 1,
 ) -> StepTrace:
     """Runs two steps of one process without memory.
 
@@ -134,36 +151,76 @@ def trace_steps(
         num_micro_batches: of a step; all from the second on are alike, so that two are run at most.
         is_sharded: whether matrices come gathered in the precision that they are multiplied in, as `shard_model` has
             it; weights, gradients and optimizer are then not what a rank holds.
+        num_parts: ranks that share each row; the second of them is run, which has two neighbours from three on.
     """
     with FakeTensorMode(), StorageLog() as log:
         model = build_fake_model(recipe, backend, precision, log)
         if is_sharded and precision == "bf16":
             _narrow_matrices(model)
+        if num_parts > 1:
+            model.neighbours = RowNeighbours(cast("ProcessGroup", _Silence()), 1, num_parts)
         trained = whole_model(model)
         # A state in 8 bits is torchao's compiled update, which fakes cannot go through: who plans adds it by table.
         is_narrow = recipe.optimizer.state_precision == "8bit"
         optimizers = [] if is_narrow else build_optimizers(trained, recipe.optimizer)
-        tokens = torch.zeros(micro_batch_rows, recipe.data.row_tokens, dtype=torch.int64)
+        tokens = torch.zeros(micro_batch_rows, -(-recipe.data.row_tokens // num_parts), dtype=torch.int64)
         boundaries = torch.zeros(tokens.shape, dtype=torch.bool)
         with autocast_of(precision), torch.no_grad():  # held-out loss at step 0: the holes that it leaves stay
             model.summed_loss(tokens, boundaries, tokens)
-        log.now = "activations"
+
+        def states(rows: int) -> list[BlockState] | None:
+            with log.making("states"):
+                return model.init_state(rows, dtype=parameter_dtype(precision)) if recipe.data.carry_state else None
+
+        carried, behind = states(micro_batch_rows * num_micro_batches), None
         for _ in range(2):
-            for _ in range(min(2, num_micro_batches)):
+            parts = []
+            for index in range(min(2, num_micro_batches)):
+                state = None if carried is None else states_of(carried, 0, micro_batch_rows)
                 with autocast_of(precision):
-                    loss = model.summed_loss(tokens, boundaries, tokens)
-                log.now = "activations"
+                    loss, after = model.loss_and_state(tokens, boundaries, tokens, state)
+                if carried is not None:
+                    parts.append(after)
+                    for tensor in _tensors_of(after):
+                        log.name(tensor, "states")
+                del state, after
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss
                 for parameter in trained.parameters.values():
                     log.name(parameter.grad, "gradients")
-            log.now = "optimizer"
-            for optimizer in optimizers:
-                optimizer.step()
-            log.now = "activations"
+                if (
+                    index == 0
+                    and num_micro_batches > 2
+                    and (left := states((num_micro_batches - 2) * micro_batch_rows))
+                ):
+                    parts.append(left)
+            with log.making("states"):
+                behind = joined(parts) if carried is not None else None
+            del parts
+            with log.making("optimizer"):
+                for optimizer in optimizers:
+                    optimizer.step()
+            carried = behind
             model.zero_grad(set_to_none=True)
     trace: StepTrace = log.trace()
     return trace
+
+
+class _Silence:
+    """In place of a process group: what is sent is taken at once, and what is received is what was there."""
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int) -> _Silence:
+        return self
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int) -> _Silence:
+        return self
+
+    def wait(self) -> None:
+        return None
+
+
+def _tensors_of(states: list[BlockState]) -> list[Tensor]:
+    return [tensor for layer in states for tensor in layer]
 
 
 def build_fake_model(recipe: Recipe, backend: Backend, precision: Precision, log: StorageLog) -> LanguageModel:
@@ -182,7 +239,17 @@ def build_fake_model(recipe: Recipe, backend: Backend, precision: Precision, log
     for shape in parameter_shapes(recipe.model).values():  # the first values, which are made beside it one by one
         torch.empty(shape, dtype=torch.float32)
     model.recompute_every = recipe.recompute_every
+    model.segment_tokens = recipe.training.segment_tokens or 0
+    # Again and again: of a row in segments each has its loss, and behind it the gradients of its layers.
+    loss_and_state = model._loss_and_state
+
+    def marked(*arguments: Any) -> Any:
+        result = loss_and_state(*arguments)
+        log.now = "activations"
+        return result
+
     model.norm_f.register_forward_hook(lambda *_: setattr(log, "now", "loss"))
+    setattr(model, "_loss_and_state", marked)  # noqa: B010
     return model
 
 

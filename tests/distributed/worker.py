@@ -1,4 +1,4 @@
-"""One process of a launch: runs cases `[{recipe, run, resume, shard, sequence, weights}]` of a JSON file in turn.
+"""One process of a launch: runs cases `[{recipe, run, resume, shard, sequence, weights, ...}]` of a JSON file in turn.
 
 Starting processes is what costs time, so a launch of one world size runs all cases.
 """
@@ -18,7 +18,7 @@ from mambatrain.errors import UserError
 from mambatrain.recipe import read_recipe
 from mambatrain.runs.checkpoint import list_checkpoints
 from mambatrain.runs.weights import read_weights
-from mambatrain.training import start
+from mambatrain.training import resolve, start
 from mambatrain.training.assemble import Where
 from mambatrain.training.start import run_training
 from mambatrain.training.stop import StopRequest
@@ -52,6 +52,9 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
                 shutil.rmtree(checkpoint)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+    if "free_bytes" in case:  # of each rank
+        free_bytes = case["free_bytes"][int(os.environ["RANK"])]
+        resolve.memory_of_process = lambda _, free_bytes=free_bytes: free_bytes
     AcceleratorState._reset_state()  # precisions differ from case to case
     if "largest_file_of_rank_1" in case:
         fail_on_a_full_disk(case, where)

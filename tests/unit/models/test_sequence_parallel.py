@@ -21,7 +21,11 @@ from mambatrain.models.sequence_parallel import RowNeighbours, bytes_sent
 from mambatrain.models.state import BlockState
 from mambatrain.ops.backends import choose_backend
 from mambatrain.ops.native import why_unavailable
-from mambatrain.recipe import ModelSection
+from mambatrain.planning.sharding import traffic_of
+from mambatrain.recipe import ModelSection, Recipe, parse_recipe
+from mambatrain.training.build import build_objective
+from mambatrain.training.optimizer import build_optimizers
+from mambatrain.training.step_trace import StorageLog, trace_steps
 
 SECTIONS = {
     "mamba1": ModelSection(d_model=8, num_layers=3, vocab_size=40, d_state=4),
@@ -240,3 +244,51 @@ def test_bytes_sent_are_as_computed(block: str, dtype: torch.dtype) -> None:
         assert len(messages) == 2 * SECTIONS[block].num_layers * len({part - 1, part + 1} & {0, 1, 2})
         counted = sum(size for _, size in messages)
         assert counted == bytes_sent(SECTIONS[block], 2 * ROWS, part, 3, dtype.itemsize)
+
+
+def recipe_in_parts(block: str, length: int, rows_per_step: int) -> Recipe:
+    content = {
+        "model": SECTIONS[block].model_dump(),
+        "data": {"shards": "nowhere", "row_tokens": length},
+        "training": {"rows_per_step": rows_per_step, "total_steps": 2, "precision": "fp32", "micro_batch_rows": ROWS},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    return parse_recipe(content, "a test")
+
+
+@pytest.mark.parametrize("num_parts", [2, 3])
+def test_what_is_planned_to_travel_is_what_the_rank_with_most_neighbours_sends(num_parts: int) -> None:
+    recipe = recipe_in_parts("mamba2", LENGTH, 2 * ROWS)
+    *_, sent = train_in_parts(build("mamba2", dtype=torch.float32), [make_batch(), make_batch()], num_parts)
+    counted = max((sum(size for _, size in messages), len(messages)) for messages in sent)
+    planned = traffic_of(recipe, "fp32", num_parts, 1, 2, num_parts)[-1]
+    assert (planned.kind, planned.num_bytes, planned.count) == ("states", *counted)
+    # Twice the ranks and rows, in two groups, are the same for each.
+    more = recipe_in_parts("mamba2", LENGTH, 4 * ROWS)
+    assert traffic_of(more, "fp32", 2 * num_parts, 1, 2, num_parts)[-1] == planned
+
+
+@pytest.mark.parametrize("num_parts", [2, 3])
+@pytest.mark.parametrize("block", SECTIONS)
+def test_a_rank_holds_what_is_traced_without_memory(block: str, num_parts: int) -> None:
+    length = 64
+    recipe = recipe_in_parts(block, length, ROWS)
+
+    def work(rank: int, group: CountingGroup) -> int:
+        part = make_batch(length).part(rank, num_parts)
+        with StorageLog() as log:
+            objective, trained = build_objective(recipe, choose_backend("torch", CPU), CPU, "fp32", None, 1, True)
+            objective.model.neighbours = group.join(num_parts)
+            optimizers = build_optimizers(trained, recipe.optimizer)
+            for _ in range(2):
+                objective(part.tokens, torch.zeros_like(part.boundaries), part.targets.clamp(min=0)).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                objective.zero_grad(set_to_none=True)
+        return sum(log.trace().fullest().values())
+
+    real = on_ranks(num_parts, work)[1]
+    traced = trace_steps(recipe, choose_backend("torch", CPU), "fp32", ROWS, 1, num_parts=num_parts)
+    assert sum(traced.fullest().values()) == pytest.approx(real, rel=0.02)
+    whole = trace_steps(recipe, choose_backend("torch", CPU), "fp32", ROWS, 1)
+    assert sum(whole.fullest().values()) > 1.2 * real

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mambatrain.errors import UserError
 from mambatrain.recipe import Recipe, parse_recipe
-from mambatrain.runs.folder import RunFolder
 from mambatrain.training.resolve import resolve
 from mambatrain.training.sequence import RowShare, refuse_with_sequence, share_of_rank
 
@@ -40,10 +37,10 @@ def test_what_does_not_divide_the_processes_is_refused(num_parts: int, num_proce
         share_of_rank(num_parts, 0, num_processes)
 
 
-def test_rows_must_divide_into_groups_not_into_processes(tmp_path: Path) -> None:
+def test_rows_must_divide_into_groups_not_into_processes() -> None:
     def micro_batch_rows(rows: int) -> int:
         share = share_of_rank(2, 0, 4)
-        return resolve(recipe_of(rows), RunFolder(tmp_path), torch.device("cpu"), share, fresh=True).micro_batch_rows
+        return resolve(recipe_of(rows), None, "fp32", 2**30, share, shards=1).micro_batch_rows
 
     assert micro_batch_rows(2) == 1
     with pytest.raises(UserError, match="3 rows a step do not divide into 2 groups of 2 processes that share rows"):
