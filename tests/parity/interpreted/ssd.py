@@ -8,14 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import triton_interpreter  # noqa: F401  changes it
 import yardstick
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from mambatrain.models.language_model import LanguageModel
+from mambatrain.models.parameters import initialise
+from mambatrain.ops.backends import choose_backend
 from mambatrain.ops.triton.ssd import ssd
+from mambatrain.recipe import ModelSection
 
 SSD = replace(yardstick.SSD, native=ssd)
 SIZES = {"R": 1, "H": 1, "G": 1, "P": 5, "N": 9}  # small, because interpreted
@@ -285,3 +291,28 @@ def test_compile_traces_the_whole() -> None:
         arguments = SSD.arguments(L=length, **SIZES)
         boundaries = boundaries_around((32,), length)
         assert_same_bits(list(yardstick.run(compiled, arguments, boundaries).values()), run(arguments, boundaries))
+
+
+def test_blocks_computed_again_give_the_same_bits() -> None:
+    """Activation checkpointing around the operator alone, and around the blocks of a model."""
+    length, boundaries = 37, boundaries_around((20,), 37)
+    wanted = run(SSD.arguments(L=length, **SIZES), boundaries)
+
+    def again(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(ssd, *arguments, use_reentrant=False, **named)
+
+    found = yardstick.run(again, SSD.arguments(L=length, **SIZES), boundaries)
+    assert_same_bits(list(found.values()), wanted)
+
+    section = ModelSection(block="mamba2", d_model=8, num_layers=2, vocab_size=20, d_state=8, head_dim=8)
+    model = LanguageModel(section, replace(choose_backend("torch", torch.device("cpu")), ssd=ssd))
+    initialise(model, section, seed=0)
+    tokens = torch.arange(length)[None] % 20
+    results = []
+    for model.recompute_every in (0, 2, 1):
+        model.zero_grad()
+        loss = model.summed_loss(tokens, boundaries, tokens)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for computed_again in results[1:]:
+        assert_same_bits(computed_again, results[0])

@@ -271,7 +271,7 @@ def test_what_is_planned_to_travel_is_what_the_rank_with_most_neighbours_sends(n
 @pytest.mark.parametrize("num_parts", [2, 3])
 @pytest.mark.parametrize("block", SECTIONS)
 def test_a_rank_holds_what_is_traced_without_memory(block: str, num_parts: int) -> None:
-    length = 64
+    length = 66  # divides into 2 and 3
     recipe = recipe_in_parts(block, length, ROWS)
 
     def work(rank: int, group: CountingGroup) -> int:

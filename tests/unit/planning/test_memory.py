@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ from mambatrain.planning.memory import checkpoint_bytes, state_bytes
 from mambatrain.planning.plan import Place, make_plan
 from mambatrain.recipe import Recipe, parse_recipe
 from mambatrain.runs.checkpoint import list_checkpoints
+from mambatrain.training import start
 from mambatrain.training.assemble import Where
 from mambatrain.training.background_save import BackgroundSave
+from mambatrain.training.build import build_objective
+from mambatrain.training.loop import train
+from mambatrain.training.optimizer import build_optimizers
 from mambatrain.training.start import run_training
 from mambatrain.training.step_trace import StorageLog
 from mambatrain.training.stop import StopRequest
+from mambatrain.training.training_run import TrainingRun
 
 WHERE = Where(device="cpu", kernels="torch", quiet=True)
 ROOM = Device("a test's", 2**34, 1e12, 1e12, 1e12)
@@ -72,18 +78,67 @@ def place_of(recipe: Recipe) -> Place:
         {"data__carry_state": True, "model__d_state": 64},
         {"data__carry_state": True, "training__segment_tokens": 32, "model__block": "mamba1", "data__row_tokens": 64},
         {"optimizer__kind": "muon", "training__rows_per_step": 2},
+        {"model__vocab_size": 4000, "model__num_layers": 1, "training__rows_per_step": 2},
     ],
-    ids=["plain", "recomputed", "segments", "carried", "both", "muon"],
+    ids=["plain", "recomputed", "segments", "carried", "both", "muon", "head"],
 )
-def test_a_run_holds_what_is_planned(read: ReadRecipe, tmp_path: Path, changes: dict[str, Any]) -> None:
-    recipe = read(**changes)
+def test_a_run_holds_what_is_planned(
+    monkeypatch: pytest.MonkeyPatch, read: ReadRecipe, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    recipe, begun = read(**changes), [0]
+
+    def noting_when(run: TrainingRun, stop: StopRequest) -> bool:
+        begun[0] = len(log.events)
+        return train(run, stop)
+
+    monkeypatch.setattr(start, "train", noting_when)
     with StorageLog() as log:
         assert run_training(recipe, tmp_path / "run", WHERE, "fresh", StopRequest()) == 0
+    # What is there while it trains; the self-check and the measured peak were over before.
+    held = np.cumsum([event.num_bytes for event in log.events])[begun[0] :].max()
     memory = make_plan(recipe, place_of(recipe)).memory
     planned = memory.total - memory.process - memory.holes
-    assert planned == pytest.approx(sum(log.trace().fullest().values()), rel=0.01)
+    assert planned == pytest.approx(held, rel=0.01)
+    if recipe.model.vocab_size == 4000:
+        assert memory.loss > 0.2 * planned
     if recipe.data.carry_state:  # what the slots go on from, and what their rows have left
         assert memory.states == 2 * 6 * state_bytes(recipe.model, 4)
+
+
+def test_copies_of_a_model_keep_their_gradients_once_more(read: ReadRecipe, tmp_path: Path) -> None:
+    """DDP's buckets, counted where DDP makes them."""
+    recipe = read(training__rows_per_step=4)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    with StorageLog() as log:
+        backend = choose_backend("torch", torch.device("cpu"))
+        objective, trained = build_objective(recipe, backend, torch.device("cpu"), "fp32", None, 1, True)
+        optimizers = build_optimizers(trained, recipe.optimizer)
+        copied = torch.nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
+        tokens = torch.zeros(2, recipe.data.row_tokens, dtype=torch.int64)
+        for _ in range(2):
+            copied(tokens, torch.zeros_like(tokens, dtype=torch.bool), tokens).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            copied.zero_grad(set_to_none=True)
+    memory = make_plan(recipe, replace(place_of(recipe), num_devices=2)).memory
+    assert memory.communication == memory.weights
+    planned = memory.total - memory.process - memory.holes
+    assert planned == pytest.approx(sum(log.trace().fullest().values()), rel=0.02)
+
+
+def test_time_and_disk_by_hand(read: ReadRecipe) -> None:
+    recipe = read()
+    plan = make_plan(recipe, replace(place_of(recipe), utilisation=0.25, device=replace(ROOM, fp32_flops=2e9)))
+    assert plan.total_tokens == 2 * 6 * 96
+    assert plan.seconds == pytest.approx(plan.flops_per_token * 2 * 6 * 96 / 0.5e9)
+    assert plan.tokens_per_second == pytest.approx(0.5e9 / plan.flops_per_token)
+    assert plan.shard_bytes == 2 * 6 * 96 * 2
+    assert make_plan(read(model__vocab_size=70_000), place_of(recipe)).shard_bytes == 2 * 6 * 96 * 4
+    assert plan.usable_bytes == ROOM.memory_bytes
+    halves = replace(place_of(recipe), num_devices=2)
+    assert halves.usable_bytes == ROOM.memory_bytes // 2
+    gpu = replace(halves, is_cpu=False)
+    assert (gpu.free_bytes, gpu.usable_bytes) == (ROOM.memory_bytes, int(0.9 * ROOM.memory_bytes))
 
 
 @pytest.mark.parametrize(
